@@ -1,0 +1,73 @@
+"""What happens to requests. Metrics, traces, policies and timelines all fold these; `now` is in engine seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from millstream.core.sequence import Finish, SeqView
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    now: float
+    seq: SeqView
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """It got its first place in a step; `cached` tokens of it were held already."""
+
+    now: float
+    seq: SeqView
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step computed `tokens` of it, from position `start`."""
+
+    now: float
+    seq: SeqView
+    start: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    now: float
+    seq: SeqView
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """It lost its place; `how` is the recovery ("recompute" or "swap")."""
+
+    now: float
+    seq: SeqView
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    now: float
+    seq: SeqView
+    reason: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A plan came back. It computed `tokens`, `prompt_tokens` of them of prompts; `seconds` is the forward pass."""
+
+    now: float
+    plan: int
+    seconds: float
+    rows: int
+    tokens: int
+    prompt_tokens: int
+    waiting: int
+    running: int
+    free_blocks: int
+
+
+Event = Submitted | Admitted | Computed | Emitted | Preempted | Finished | Stepped

@@ -1,0 +1,255 @@
+"""What is asked of an engine. Every bound is checked here, once, and breaking one raises BadRequest."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from millstream.core.errors import BadRequest, RequestFault
+from millstream.core.registry import Choice
+
+MAX_N = 128
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63 - 1
+
+
+class Kind(enum.Enum):
+    """GENERATE samples tokens; SCORE computes the prompt's logprobs only; EMBED returns a vector."""
+
+    GENERATE = "generate"
+    SCORE = "score"
+    EMBED = "embed"
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A stretch of prompt given as token ids."""
+
+    ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """A stretch of prompt given as embedding rows: raw bytes of `shape` (tokens, width), row-major."""
+
+    data: bytes
+    dtype: str
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+Segment = Tokens | Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen, and when generation ends.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1.0 are off. `logprobs` and `prompt_logprobs` ask for
+    that many alternatives beside the token itself (0: the token only); they are those of the model, before
+    temperature and penalties. Without `seed` the engine draws one per request. `stop` strings are cut off the
+    text unless `include_stop_str_in_output`. `max_tokens` None means up to the end of the context.
+    Raises BadRequest when a value is out of bounds.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _integer("n", self.n, 1, MAX_N)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise BadRequest("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, above=True)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, MAX_SEED)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _integer(name, count, 0, MAX_TOP_LOGPROBS)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadRequest(name, getattr(self, name), "true or false")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or len(stop) > MAX_STOP_STRINGS:
+            raise BadRequest("stop", stop, f"at most {MAX_STOP_STRINGS} strings")
+        for text in stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARS:
+                raise BadRequest("stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
+        if not isinstance(self.stop_token_ids, Sequence) or len(self.stop_token_ids) > MAX_LOGIT_BIAS:
+            raise BadRequest("stop_token_ids", self.stop_token_ids, f"at most {MAX_LOGIT_BIAS} token ids")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0, 2**31 - 1)
+        if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise BadRequest("logit_bias", self.logit_bias, f"a mapping of at most {MAX_LOGIT_BIAS} token ids")
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias", token, 0, 2**31 - 1)
+            _number("logit_bias", bias, -100.0, 100.0)
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @property
+    def greedy(self) -> bool:
+        # Below this a division by the temperature overflows float32 for ordinary logits.
+        return self.temperature < 1e-5
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether the next token's logits depend on which tokens came before, beyond the model itself."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What the client expects, in seconds: first token, pace after it, and the whole."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The place of a call in a workflow of many calls."""
+
+    id: str
+    call: int = 0
+    thread: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What somebody guesses about a request. `oracle` holds the truth and is set only by an experiment's oracle arm."""
+
+    expected_output_len: int | None = None
+    oracle: int | None = None
+
+    @property
+    def oracle_output_len(self) -> int:
+        """The true number of output tokens. Raises RequestFault where no oracle was set."""
+        if self.oracle is None:
+            raise RequestFault("the true output length is read, but this is no oracle arm")
+        return self.oracle
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one engine can take: used by `Request.check`."""
+
+    vocab_size: int
+    max_context: int
+    kv_tokens: int
+    kinds: frozenset[Kind] = frozenset({Kind.GENERATE, Kind.SCORE})
+    adapters: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One ask. `id` is ours; `label` is the client's and is never used as a key."""
+
+    id: int
+    prompt: tuple[Segment, ...]
+    params: SamplingParams = SamplingParams()
+    kind: Kind = Kind.GENERATE
+    arrival: float = 0.0
+    tenant: str = ""
+    program: Program | None = None
+    slo: Slo = Slo()
+    priority: int = 0
+    adapter: str = ""
+    cache_salt: str = ""
+    hints: Hints = Hints()
+    decode: Choice | None = None
+    label: str = ""
+
+    @property
+    def num_prompt(self) -> int:
+        return sum(len(segment) for segment in self.prompt)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return [token for segment in self.prompt if isinstance(segment, Tokens) for token in segment.ids]
+
+    def check(self, limits: Limits) -> None:
+        """Raises BadRequest when this engine cannot take the request, whatever its load."""
+        if self.kind not in limits.kinds:
+            raise BadRequest("kind", self.kind.value, ", ".join(sorted(k.value for k in limits.kinds)))
+        if any(isinstance(segment, Vectors) for segment in self.prompt):
+            raise BadRequest("prompt", "embedding rows", "token ids")
+        count = self.num_prompt
+        if count == 0:
+            raise BadRequest("prompt", "an empty prompt", "at least one token")
+        room = limits.max_context if self.kind is not Kind.GENERATE else limits.max_context - 1
+        if count > room:
+            raise BadRequest(
+                "prompt", f"{count} tokens", f"at most {room} (context {limits.max_context}, one token to generate)"
+            )
+        if count > limits.kv_tokens:
+            raise BadRequest("prompt", f"{count} tokens", f"at most {limits.kv_tokens}, all that the KV cache holds")
+        asked = self.params.max_tokens
+        if self.kind is Kind.GENERATE and asked is not None and count + asked > limits.max_context:
+            raise BadRequest(
+                "max_tokens",
+                asked,
+                f"at most {limits.max_context - count} (context {limits.max_context}, prompt {count} tokens)",
+            )
+        for token in self.prompt_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
+                raise BadRequest("prompt", token, f"token ids from 0 to {limits.vocab_size - 1}")
+        for name, tokens in (
+            ("logit_bias", self.params.logit_bias),
+            ("stop_token_ids", self.params.stop_token_ids),
+        ):
+            for token in tokens:
+                if token >= limits.vocab_size:
+                    raise BadRequest(name, token, f"token ids from 0 to {limits.vocab_size - 1}")
+        if self.adapter and self.adapter not in limits.adapters:
+            raise BadRequest(
+                "adapter", self.adapter, ", ".join(sorted(limits.adapters)) or "none: no adapter is loaded"
+            )
+
+
+def _integer(param: str, got: object, low: int, high: int) -> None:
+    if not isinstance(got, int) or isinstance(got, bool) or not low <= got <= high:
+        raise BadRequest(param, got, f"an integer from {low} to {high}")
+
+
+def _number(param: str, got: object, low: float, high: float, above: bool = False) -> None:
+    fine = isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got)
+    if not fine or not low <= got <= high or (above and got == low):  # type: ignore[operator]
+        raise BadRequest(param, got, f"a number {'above' if above else 'from'} {low:g} to {high:g}")

@@ -1,0 +1,214 @@
+"""The one mutable record: how far a sequence has come."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from millstream.core.plan import Holding, TokenLogprobs
+from millstream.core.registry import Choice
+from millstream.core.request import Hints, Kind, Program, Request, Slo
+
+
+class State(enum.Enum):
+    """WAITING holds nothing on the device; RUNNING holds blocks; SWAPPED holds blocks on the host; FINISHED nothing."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SWAPPED = "swapped"
+    FINISHED = "finished"
+
+
+class Finish(enum.Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class Stamps:
+    """Times in the engine's clock, in seconds; None until it happened."""
+
+    arrival: float
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of tokens. Work left is known - computed - in_flight: there is no prefill phase and no decode phase.
+
+    `tokens` are the prompt and all output that the host knows; `pending` more will be sampled by plans in flight;
+    `computed` have their KV in the cache; `in_flight` are being computed. `gates` names what it waits for.
+    `epoch` counts how often its holdings were given up: a result of an earlier epoch says nothing about the cache.
+    """
+
+    id: int
+    request: Request
+    index: int
+    tokens: list[int]
+    num_prompt: int
+    max_len: int
+    seed: int
+    stop_ids: frozenset[int]
+    decode: Choice
+    stamps: Stamps
+    computed: int = 0
+    in_flight: int = 0
+    pending: int = 0
+    drafts: tuple[int, ...] = ()
+    holdings: dict[str, Holding] = field(default_factory=dict)
+    gates: set[str] = field(default_factory=set)
+    state: State = State.WAITING
+    finish: Finish | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    epoch: int = 0
+    plans_in_flight: int = 0
+    cached: int = 0
+    preemptions: int = 0
+    scored: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    view: SeqView = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.view = SeqView(self)
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens) + self.pending
+
+    @property
+    def left(self) -> int:
+        """Tokens that are known and neither computed nor being computed."""
+        return self.known - self.computed - self.in_flight
+
+    @property
+    def next_start(self) -> int:
+        """The position of the next token to launch."""
+        return self.computed + self.in_flight
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def finished(self) -> bool:
+        return self.state is State.FINISHED
+
+
+class SeqView:
+    """What policies and meters may see of a sequence: no token ids, and a true length only from an oracle."""
+
+    __slots__ = ("_seq",)
+
+    def __init__(self, seq: Sequence) -> None:
+        self._seq = seq
+
+    @property
+    def id(self) -> int:
+        return self._seq.id
+
+    @property
+    def request_id(self) -> int:
+        return self._seq.request.id
+
+    @property
+    def index(self) -> int:
+        return self._seq.index
+
+    @property
+    def kind(self) -> Kind:
+        return self._seq.request.kind
+
+    @property
+    def arrival(self) -> float:
+        return self._seq.stamps.arrival
+
+    @property
+    def admitted(self) -> float | None:
+        return self._seq.stamps.admitted
+
+    @property
+    def first_token(self) -> float | None:
+        return self._seq.stamps.first_token
+
+    @property
+    def state(self) -> State:
+        return self._seq.state
+
+    @property
+    def num_prompt(self) -> int:
+        return self._seq.num_prompt
+
+    @property
+    def num_output(self) -> int:
+        return self._seq.num_output
+
+    @property
+    def max_len(self) -> int:
+        """The most tokens it can come to: prompt and max_tokens, cut to the context."""
+        return self._seq.max_len
+
+    @property
+    def known(self) -> int:
+        return self._seq.known
+
+    @property
+    def computed(self) -> int:
+        return self._seq.computed
+
+    @property
+    def next_start(self) -> int:
+        return self._seq.next_start
+
+    @property
+    def left(self) -> int:
+        return self._seq.left
+
+    @property
+    def cached(self) -> int:
+        """Prompt tokens that a prefix cache held when it was last admitted."""
+        return self._seq.cached
+
+    @property
+    def preemptions(self) -> int:
+        return self._seq.preemptions
+
+    @property
+    def gated(self) -> bool:
+        return bool(self._seq.gates)
+
+    @property
+    def tenant(self) -> str:
+        return self._seq.request.tenant
+
+    @property
+    def program(self) -> Program | None:
+        return self._seq.request.program
+
+    @property
+    def slo(self) -> Slo:
+        return self._seq.request.slo
+
+    @property
+    def priority(self) -> int:
+        return self._seq.request.priority
+
+    @property
+    def adapter(self) -> str:
+        return self._seq.request.adapter
+
+    @property
+    def hints(self) -> Hints:
+        return self._seq.request.hints
