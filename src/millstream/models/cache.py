@@ -1,0 +1,190 @@
+"""Converted weights, kept on disk and mapped into memory.
+
+Unpacking a GGUF file to float takes time and memory of its own at each start. Done once, the result is kept as
+
+    $MILLSTREAM_HOME/converted/<checksum>-<dtype>-v<CONVERTER>/weights.bin      tensors, each at a multiple of 64 bytes
+                                                              /manifest.json    names, shapes, offsets, checks
+
+and a later start maps it: pages come from the page cache, are shared by all processes and can be dropped under memory
+pressure. The folder appears whole or not at all. Before it is trusted, its size and the edges of each tensor are
+checked; if the file was touched since it was written, all of it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from millstream.core.errors import ModelError
+from millstream.models.home import home, locked
+from millstream.models.source import GgufSource, ModelSource
+
+if TYPE_CHECKING:
+    import torch
+
+# Rises whenever the same file would be converted to other numbers or another layout.
+CONVERTER = 1
+ALIGNMENT = 64
+_EDGE_BYTES = 4096
+
+
+def load_tensors(source: ModelSource, dtype: torch.dtype | None = None, cached: bool = True) -> Mapping[str, torch.Tensor]:
+    """All tensors of a source under their Hugging Face names, as `dtype` (float32 when not said).
+
+    A GGUF source is converted once and mapped from then on; with `cached=False`, or when the cache cannot be written
+    (a warning says why), it is converted into memory. A folder's tensors are mapped from their own files and converted
+    on access where the dtype differs. Raises BadFile and Unsupported as the source does.
+    """
+    import torch
+
+    dtype = dtype or torch.float32
+    if not isinstance(source, GgufSource):
+        return _OnAccess(source, dtype)
+    if cached:
+        try:
+            return _cached(source, dtype)
+        except OSError as error:
+            warnings.warn(f"converted weights of {source.id} are not kept: {error.strerror or error}", stacklevel=2)
+    return {name: source.tensor(name, dtype) for name in source.tensor_names()}
+
+
+def converted_folder(checksum: str, dtype_name: str) -> Path:
+    """Where the converted weights of the file with that sha256 are, or will be."""
+    return home() / "converted" / f"{checksum}-{dtype_name}-v{CONVERTER}"
+
+
+def forget_converted(checksum: str) -> int:
+    """Removes the converted weights of a file in every dtype and version. Returns the bytes freed."""
+    freed = 0
+    for folder in (home() / "converted").glob(f"{checksum}-*"):
+        freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        shutil.rmtree(folder, ignore_errors=True)
+    return freed
+
+
+class _OnAccess(Mapping[str, "torch.Tensor"]):
+    """Tensors that are read when they are looked at and not kept."""
+
+    def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
+        self._source, self._dtype = source, dtype
+        self._names = dict.fromkeys(source.tensor_names())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._source.tensor(name, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _cached(source: GgufSource, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    dtype_name = str(dtype).removeprefix("torch.")
+    folder = converted_folder(source.checksum(), dtype_name)
+    found = _mapped(folder, dtype)
+    if found is not None:
+        return found
+    with locked(f"converted-{folder.name}"):
+        # Somebody else may have written it while this process waited.
+        found = _mapped(folder, dtype)
+        if found is None:
+            _write(source, dtype, folder)
+            found = _mapped(folder, dtype)
+    if found is None:
+        raise OSError(f"{folder} cannot be read back")
+    return found
+
+
+def _write(source: GgufSource, dtype: torch.dtype, folder: Path) -> None:
+    import torch
+
+    names = source.tensor_names()
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name in names:
+        shape = source.shape(name)
+        nbytes = dtype.itemsize
+        for d in shape:
+            nbytes *= d
+        begin = -(-end // ALIGNMENT) * ALIGNMENT
+        entries[name] = {"shape": list(shape), "offset": begin, "nbytes": nbytes}
+        end = begin + nbytes
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < end * 1.05:
+        raise OSError(f"they need {end / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free")
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
+    try:
+        crc = 0
+        with open(temporary / "weights.bin", "wb") as file:
+            for name, entry in entries.items():
+                padding = bytes(entry["offset"] - file.tell())
+                tensor = source.tensor(name, dtype).contiguous()
+                data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                for part in (padding, data):
+                    file.write(part)
+                    crc = zlib.crc32(part, crc)
+                entry["edges"] = _edges(data)
+            file.flush()
+            stat = os.fstat(file.fileno())
+        manifest = {
+            "source": str(source.path),
+            "dtype": str(dtype),
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "crc32": crc,
+            "tensors": entries,
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _edges(data: memoryview) -> int:
+    return zlib.crc32(data[-_EDGE_BYTES:], zlib.crc32(data[:_EDGE_BYTES]))
+
+
+def _mapped(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+    """The tensors of a cache folder, or None when there is none that can be trusted."""
+    import torch
+
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        with open(folder / "weights.bin", "rb") as file:
+            stat = os.fstat(file.fileno())
+            if stat.st_size != manifest["size"] or manifest["dtype"] != str(dtype):
+                return None
+            mapped = mmap.mmap(file.fileno(), stat.st_size, access=mmap.ACCESS_COPY)
+        data = memoryview(mapped)
+        if stat.st_mtime_ns != manifest["mtime_ns"]:
+            if zlib.crc32(data) != manifest["crc32"]:
+                return None
+            # Touched, but whole: a restored backup, say. Later starts need not read it all again.
+            with contextlib.suppress(OSError):
+                os.utime(folder / "weights.bin", ns=(stat.st_atime_ns, manifest["mtime_ns"]))
+        tensors: dict[str, torch.Tensor] = {}
+        whole = torch.frombuffer(data, dtype=torch.uint8)
+        for name, entry in manifest["tensors"].items():
+            begin, nbytes = entry["offset"], entry["nbytes"]
+            if _edges(data[begin : begin + nbytes]) != entry["edges"]:
+                return None
+            tensors[name] = whole[begin : begin + nbytes].view(dtype).view(tuple(entry["shape"]))
+        return tensors
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ModelError):
+        return None
