@@ -86,7 +86,7 @@ def names(point: str) -> list[str]:
 
 
 # Mechanism files that live beside plug-ins.
-NOT_PLUGINS = frozenset({"protocol", "harness", "ledger", "papers", "plot", "docs", "data", "machine"})
+NOT_PLUGINS = frozenset({"protocol", "harness", "ledger", "papers", "plot", "docs", "data", "machine", "commands"})
 
 
 def module(point: str, name: str) -> ModuleType:

@@ -1,0 +1,130 @@
+"""A picture of a run record: the arms' medians as bars, every repeat as a dot, required levels as lines.
+
+Needs matplotlib (extra `bench`). Text is of a grey that reads on white and on black alike, and the ground is clear,
+so one file serves light and dark pages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from millstream.core.errors import ConfigError
+from millstream.reproduce.ledger import MetricRecord, Record, RequiredRecord
+
+INK = "#767676"
+BASELINE = "#8a8f98"
+COLOURS = ("#3b82f6", "#d97706", "#059669", "#a855f7", "#e11d48", "#0891b2")
+LINE = "#dc2626"
+
+
+def plot(record: Record, stem: Path) -> tuple[Path, Path]:
+    """Draws `record` into `stem`.png and `stem`.svg and returns both paths.
+
+    Raises ConfigError when matplotlib is missing or the record holds no measurement.
+    """
+    matplotlib = _matplotlib()
+    metrics = [m for m in record.metrics if any(m.name in arm.metrics for arm in record.arms)]
+    if not metrics:
+        raise ConfigError(f"the record of {record.name!r} ({record.verdict}) holds no measurement to draw")
+    columns = min(3, len(metrics))
+    lines = -(-len(metrics) // columns)
+    style = {
+        "font.size": 9.0,
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "svg.hashsalt": record.name,
+        "svg.fonttype": "none",
+    }
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Page
+
+    with matplotlib.rc_context(style):
+        page = Page(figsize=(4.2 * columns, 0.9 + (1.3 + 0.42 * len(record.arms)) * lines), layout="constrained")
+        FigureCanvasAgg(page)
+        axes = page.subplots(lines, columns, squeeze=False)
+        for place, panel in enumerate(axes.flat):
+            if place < len(metrics):
+                _panel(panel, record, metrics[place])
+            else:
+                panel.set_axis_off()
+        quick = ", quick run" if record.quick else ""
+        page.suptitle(f"{record.title}\n{record.verdict}{quick}, {record.date[:10]}, {record.machine.cpu}", fontsize=10)
+        png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
+        png.parent.mkdir(parents=True, exist_ok=True)
+        page.savefig(png, dpi=150, transparent=True, metadata={"Software": None})
+        page.savefig(svg, transparent=True, metadata={"Date": None})
+    return png, svg
+
+
+def _panel(panel: Any, record: Record, metric: MetricRecord) -> None:
+    arms = [arm for arm in record.arms if metric.name in arm.metrics]
+    order = [arm.name for arm in record.arms]
+    top = max(arm.metrics[metric.name].high for arm in arms)
+    for row, arm in enumerate(arms):
+        place = order.index(arm.name)
+        colour = BASELINE if place == 0 else COLOURS[(place - 1) % len(COLOURS)]
+        taken = arm.metrics[metric.name]
+        panel.barh(row, taken.median, height=0.62, color=colour, alpha=0.45)
+        count = len(taken.values)
+        heights = [row + 0.4 * (i / (count - 1) - 0.5) if count > 1 else row for i in range(count)]
+        panel.scatter(taken.values, heights, s=13, color=colour, edgecolors=INK, linewidths=0.4, zorder=3)
+        panel.annotate(
+            f"{taken.median:.4g}",
+            (max(taken.high, taken.median, 0), row),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    for need in record.required:
+        level = _level(record, need, metric.name)
+        if level is not None:
+            panel.axvline(level, color=LINE, linestyle="--", linewidth=1.1, zorder=2)
+            panel.annotate(
+                "required",
+                (level, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                color=LINE,
+                fontsize=7,
+                ha="center",
+            )
+            top = max(top, level)
+    panel.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    panel.invert_yaxis()
+    panel.set_xlim(right=top * 1.22 if top > 0 else None)
+    arrow = {"lower": " (lower is better)", "higher": " (higher is better)"}.get(metric.better, "")
+    panel.set_xlabel(f"{metric.name}{f' [{metric.unit}]' if metric.unit else ''}{arrow}")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.patch.set_alpha(0.0)
+
+
+def _level(record: Record, need: RequiredRecord, metric: str) -> float | None:
+    """Where a required bound lies on the axis of `metric`; for a ratio, the level that its later arm must reach."""
+    bound = need.at_least if need.at_least is not None else need.at_most
+    if bound is None or need.value is None:
+        return None
+    if need.over is None:
+        return bound if need.of.metric == metric else None
+    if need.of.metric != metric or need.over.metric != metric:
+        return None
+    medians = {arm.name: arm.metrics[metric].median for arm in record.arms if metric in arm.metrics}
+    order = [arm.name for arm in record.arms]
+    # "baseline / technique >= 2" asks the technique to come down to half of the baseline.
+    if order.index(need.of.arm) < order.index(need.over.arm):
+        return medians[need.of.arm] / bound if bound else None
+    return medians[need.over.arm] * bound
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "drawing needs matplotlib, which the extra `bench` brings: pip install 'millstream[bench]'"
+        ) from error
+    return matplotlib
