@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from millstream.core.plan import Holding, TokenLogprobs
 from millstream.core.registry import Choice
@@ -45,6 +46,7 @@ class Sequence:
 
     `tokens` are the prompt and all output that the host knows; `pending` more will be sampled by plans in flight;
     `computed` have their KV in the cache; `in_flight` are being computed. `gates` names what it waits for.
+    `max_len` is the most tokens it can come to, output included (for a prompt that is only scored: one more than it).
     `epoch` counts how often its holdings were given up: a result of an earlier epoch says nothing about the cache.
     """
 
@@ -57,6 +59,7 @@ class Sequence:
     seed: int
     stop_ids: frozenset[int]
     decode: Choice
+    method: Any  # the host half of `decode`, made for this request (decode/protocol.py: DecodeMethod)
     stamps: Stamps
     computed: int = 0
     in_flight: int = 0
@@ -86,8 +89,8 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """Tokens that are known and neither computed nor being computed."""
-        return self.known - self.computed - self.in_flight
+        """Tokens that are known and neither computed nor being computed. The last one of all never needs computing."""
+        return min(len(self.tokens) + self.pending, self.max_len - 1) - self.computed - self.in_flight
 
     @property
     def next_start(self) -> int:

@@ -1,0 +1,185 @@
+"""The only reader of files and environment. It parses and merges, no more: rules across fields are in engine/check.py.
+
+Precedence, the later wins: defaults, file, `--set a.b=c`, options given in code or by flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from millstream.core.errors import BadFile, ConfigError, nearest
+from millstream.core.registry import Choice
+
+T = TypeVar("T")
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def home() -> Path:
+    """Where models, converted weights, kernels and profiles are kept: $MILLSTREAM_HOME, else ~/.cache/millstream."""
+    given = os.environ.get("MILLSTREAM_HOME")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "millstream"
+
+
+def data_dir() -> Path | None:
+    """Evaluation data: $MILLSTREAM_DATA when it is a folder, else the cache's own, else None."""
+    given = os.environ.get("MILLSTREAM_DATA")
+    for path in (Path(given) if given else None, home() / "data"):
+        if path is not None and path.is_dir():
+            return path
+    return None
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """A TOML or YAML file as a tree. Raises BadFile with the place of the error."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(path, f"cannot be read: {error}") from error
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            tree = yaml.safe_load(text) or {}
+        else:
+            tree = tomllib.loads(text)
+    except Exception as error:
+        raise BadFile(path, f"is not valid: {error}") from error
+    if not isinstance(tree, dict):
+        raise BadFile(path, "holds no table at its top")
+    return tree
+
+
+def parse_sets(pairs: Sequence[str]) -> dict[str, Any]:
+    """`--set a.b=c` arguments as a tree; the value is JSON where it parses as JSON, else text."""
+    tree: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {pair!r}: write it as key.sub=value")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        at = tree
+        *path, last = key.split(".")
+        for part in path:
+            at = at.setdefault(part, {})
+            if not isinstance(at, dict):
+                raise ConfigError(f"--set {pair!r}: {part!r} was already set to a value")
+        at[last] = value
+    return tree
+
+
+def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Later trees win; tables merge, everything else is replaced."""
+    out: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            if isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
+                out[key] = merge(out[key], value)
+            else:
+                out[key] = value
+    return out
+
+
+def build(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
+    """A config dataclass from a tree. Raises ConfigError on unknown keys (with the nearest) and on wrong types."""
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    values = {}
+    for key, value in tree.items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            close = nearest(key, known)
+            raise ConfigError(
+                f"there is no setting {path!r}"
+                + (f"; the nearest is {(where + '.' if where else '') + close!r}" if close else "")
+                + f"; there are: {', '.join(known)}"
+            )
+        values[key] = _value(hints[key], value, path)
+    return kind(**values)
+
+
+def tree_of(config: Any) -> Any:
+    """A config dataclass as plain values, as `--print-config` shows it."""
+    if isinstance(config, Choice):
+        return {"name": config.name, **config.options} if config.options else config.name
+    if dataclasses.is_dataclass(config):
+        return {f.name: tree_of(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple):
+        return [tree_of(item) for item in config]
+    return config
+
+
+def parse_bytes(value: int | str, where: str) -> int:
+    """"4GiB", "512MB" or a number of bytes. Raises ConfigError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value <= 0:
+            raise ConfigError(f"{where}: got {value}, allowed is a positive number of bytes")
+        return value
+    text = str(value).strip().lower().replace(" ", "")
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = text[len(number) :]
+    try:
+        count = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError):
+        raise ConfigError(f"{where}: got {value!r}, allowed is a size such as 4GiB, 512MB or 1000000") from None
+    if count <= 0:
+        raise ConfigError(f"{where}: got {value!r}, allowed is a positive size")
+    return count
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint) and hint is not Choice and isinstance(value, Mapping):
+        return build(typing.cast(type, hint), value, path)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is Choice:
+            if isinstance(value, Choice):
+                return value
+            if isinstance(value, str):
+                return Choice(value)
+            if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+                return Choice(value["name"], {k: v for k, v in value.items() if k != "name"})
+        elif typing.get_origin(option) is tuple:
+            if isinstance(value, list | tuple):
+                return tuple(_value(typing.get_args(option)[0], item, path) for item in value)
+            if value != "auto" and not isinstance(value, int | float | bool | None):
+                return (_value(typing.get_args(option)[0], value, path),)
+        elif typing.get_origin(option) is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is type(None):
+            if value is None:
+                return None
+        elif (option is float and isinstance(value, int | float) and not isinstance(value, bool)) or (
+            isinstance(value, option) and not (option is int and isinstance(value, bool))
+        ):
+            return value
+    raise ConfigError(f"{path}: got {value!r}, allowed is {_spell(options)}")
+
+
+def _spell(options: Sequence[Any]) -> str:
+    names = []
+    for option in options:
+        if typing.get_origin(option) is typing.Literal:
+            names += [repr(value) for value in typing.get_args(option)]
+        elif typing.get_origin(option) is tuple:
+            names.append("a list of plug-in names")
+        elif option is Choice:
+            names.append("a plug-in name, or a table with its name and options")
+        elif dataclasses.is_dataclass(option):
+            names.append("a table")
+        else:
+            names.append({int: "an integer", str: "text", float: "a number", type(None): "null"}.get(option, str(option)))
+    return " or ".join(names)

@@ -1,0 +1,73 @@
+"""The configuration tree: small frozen dataclasses, one a component. "auto" is resolved in engine/resolve.py.
+
+Values that name a plug-in are a Choice; in files and options they may be written as "name" or as
+{name = "...", option = value}.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from millstream.core.registry import Choice
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """`dtype` of weights and activations; `max_context` in tokens, at most what the model was made for."""
+
+    dtype: str = "float32"
+    max_context: int | Auto = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The KV cache. `bytes` is its budget ("4GiB", "512MB" or a number); `blocks` sets the count itself.
+
+    `host_bytes` is what swapped-out sequences may take of host memory.
+    """
+
+    kv: Choice = Choice("plain")
+    block_size: int | Auto = "auto"
+    bytes: int | str = "auto"
+    blocks: int | Auto = "auto"
+    host_bytes: int | str = "auto"
+    prefix: Choice = Choice("radix")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedConfig:
+    """Policies stack, the most important first. `meters` are asked in order; the block meter belongs last.
+
+    `step_tokens` and `max_rows` are the options of the meters splitfuse and seats when these are chosen by "auto".
+    """
+
+    policies: tuple[Choice, ...] = (Choice("fcfs"),)
+    meters: tuple[Choice, ...] | Auto = "auto"
+    step_tokens: int | Auto = "auto"
+    max_rows: int | Auto = "auto"
+    preemption: str = "recompute"
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """`plans` in flight (1 or 2); `threads` for the compute; `attention` and `ops` pick implementations."""
+
+    plans: int | Auto = "auto"
+    threads: int | Auto = "auto"
+    attention: str = "auto"
+    ops: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything one engine needs to know besides the model's name. `seed` makes requests without one repeatable."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    decode: Choice = Choice("autoregressive")
+    seed: int | None = None

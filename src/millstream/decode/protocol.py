@@ -1,0 +1,76 @@
+"""What the decoding room promises: how tokens become true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from millstream.core.plan import SampleAsk, Settled, TokenLogprobs
+from millstream.core.request import Request
+from millstream.core.sequence import Finish, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What a settled row adds to its sequence."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class Hands(Protocol):
+    """What a decode method may do to the sequences of one request, beyond adding tokens."""
+
+    def siblings(self, seq: Sequence) -> Seq[Sequence]:
+        """All sequences of the same request, by index, finished ones too."""
+        ...
+
+    def permute(self, assign: Seq[tuple[Sequence, Sequence, int]]) -> None:
+        """For each (sequence, parent, token): it becomes a fork of the parent, followed by the token."""
+        ...
+
+    def finish(
+        self, seq: Sequence, reason: Finish, stop_reason: int | str | None = None, output: Seq[int] | None = None
+    ) -> None:
+        """Ends a sequence; `output` replaces what it made so far."""
+        ...
+
+
+class DecodeMethod(Protocol):
+    """Host half: how many tokens a sequence wants computed, what is asked of the last one, what the answer means."""
+
+    def num_sequences(self, request: Request) -> int:
+        """Sequences that one request fans out into; they share its prompt."""
+        ...
+
+    def num_outputs(self, request: Request) -> int:
+        """Outputs that the client sees."""
+        ...
+
+    def want(self, seq: Sequence) -> int: ...
+
+    def ask(self, seq: Sequence, stop: int) -> SampleAsk | None:
+        """What to sample after position `stop` - 1, the last known token. None: nothing."""
+        ...
+
+    def accept(self, seq: Sequence, settled: Settled, hands: Hands) -> Accepted: ...
+
+
+class LogitRule(Protocol):
+    """Device half: changes the logits of the rows that ask for it, in place, before a token is chosen."""
+
+    def applies(self, ask: SampleAsk) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """An observer ends the output: with this reason, as the client sees it."""
+
+    stop_reason: int | str
+
+
+class Observer(Protocol):
+    """Watches the tokens of one output as they become true; may end it."""
+
+    def see(self, tokens: Seq[int]) -> Halt | None: ...

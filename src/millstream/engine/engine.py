@@ -1,0 +1,385 @@
+"""The loop: plan, launch, collect, settle. It knows requests and sequences, and nothing of tensors."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import cast
+
+from millstream.core import registry
+from millstream.core.client import Chunk, Load, RequestMetrics, Usage
+from millstream.core.clock import Clock
+from millstream.core.errors import BadRequest, MillstreamError
+from millstream.core.events import Computed, Emitted, Event, Finished, Stepped, Submitted
+from millstream.core.plan import Extend, Settled, StepPlan, StepResult, TokenLogprobs
+from millstream.core.registry import Choice
+from millstream.core.request import MAX_SEED, Kind, Limits, Request
+from millstream.core.sequence import Finish, Sequence, Stamps, State
+from millstream.decode.protocol import DecodeMethod, Observer
+from millstream.runner.protocol import Runner, Ticket
+from millstream.sched.scheduler import Scheduler
+
+SIBLINGS = "siblings"
+
+Sink = Callable[[Chunk], None]
+
+
+@dataclass(slots=True)
+class _Group:
+    """The sequences of one request, and who hears of them."""
+
+    request: Request
+    sink: Sink
+    seqs: list[Sequence]
+    num_outputs: int
+    observers: dict[int, list[Observer]] = field(default_factory=dict)
+    unfinished: int = 0
+
+
+@dataclass(slots=True)
+class _Flight:
+    ticket: Ticket
+    plan: StepPlan
+    epochs: list[int]
+
+
+class Engine:
+    """One model's engine. Not thread-safe: everything is called from the thread that steps it.
+
+    `methods` makes the host half of a decode method for one request; `observers` makes the observers of one output;
+    `stop_ids` are the model's own end tokens.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Clock,
+        limits: Limits,
+        stop_ids: frozenset[int] = frozenset(),
+        decode: Choice | None = None,
+        methods: Callable[[Choice], DecodeMethod] = lambda choice: cast(DecodeMethod, registry.make("decode", choice)),
+        observers: Callable[[Request], list[Observer]] = lambda request: [],
+        listeners: Seq[Callable[[Event], None]] = (),
+        seed: int | None = None,
+    ) -> None:
+        self.scheduler, self.runner, self.clock, self.limits = scheduler, runner, clock, limits
+        self.stop_ids = stop_ids
+        self.decode = decode or Choice("autoregressive")
+        self.listeners = list(listeners)
+        self._make_method = methods
+        self._make_observers = observers
+        self._random = random.Random(seed)
+        self._ids = itertools.count()
+        self._groups: dict[int, _Group] = {}
+        self._flights: deque[_Flight] = deque()
+        self._plans = runner.capacity().plans
+        self.num_steps = 0
+        self.max_running = 0
+        scheduler.observe = self._tell
+
+    # -- requests
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Takes a request; `sink` gets its chunks. Raises BadRequest when this engine can never serve it."""
+        request.check(self.limits)
+        choice = request.decode or self.decode
+        method = self._make_method(choice)
+        count = method.num_sequences(request)
+        now = self.clock.now()
+        params = request.params
+        prompt = request.prompt_ids
+        if request.kind is Kind.GENERATE:
+            room = min(self.limits.max_context, self.limits.kv_tokens + 1)
+            max_len = room if params.max_tokens is None else min(room, len(prompt) + params.max_tokens)
+            if max_len <= len(prompt):
+                raise BadRequest("prompt", f"{len(prompt)} tokens", f"at most {room - 1}")
+        else:
+            max_len = len(prompt) + 1
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
+        seed = params.seed if params.seed is not None else self._random.randrange(MAX_SEED)
+        group = _Group(request, sink, [], method.num_outputs(request), unfinished=count)
+        for index in range(count):
+            seq = Sequence(
+                id=next(self._ids),
+                request=request,
+                index=index,
+                tokens=list(prompt),
+                num_prompt=len(prompt),
+                max_len=max_len,
+                seed=seed,
+                stop_ids=stop_ids,
+                decode=choice,
+                method=method,
+                stamps=Stamps(request.arrival or now),
+            )
+            if index > 0:
+                # They share the prompt that the first one computes.
+                seq.gates.add(SIBLINGS)
+            group.seqs.append(seq)
+            group.observers[index] = self._make_observers(request)
+        self._groups[request.id] = group
+        for seq in group.seqs:
+            self.scheduler.add(seq)
+            self._tell(Submitted(now, seq.view))
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request now. Unknown and finished ids are ignored."""
+        group = self._groups.get(request_id)
+        if group is not None:
+            for seq in list(group.seqs):
+                if not seq.finished:
+                    self._finish(seq, Finish.ABORT, None)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._groups or self._flights)
+
+    def load(self) -> Load:
+        ledger = self.scheduler.ledger
+        return Load(
+            self.scheduler.num_waiting, self.scheduler.num_running, ledger.free(), ledger.total(), dict(ledger.stats())
+        )
+
+    # -- the loop
+
+    def step(self) -> bool:
+        """Launches what can be launched and settles the oldest plan in flight; False when there was nothing to do."""
+        while len(self._flights) < self._plans:
+            plan = self.scheduler.plan(self.clock.now())
+            if plan is None:
+                break
+            live = self.scheduler.live
+            epochs = [live[extend.seq].epoch for extend in plan.extends]
+            self._flights.append(_Flight(self.runner.launch(plan), plan, epochs))
+            self.max_running = max(self.max_running, self.scheduler.num_running)
+        if not self._flights:
+            return False
+        flight = self._flights.popleft()
+        self._settle(flight, self.runner.collect(flight.ticket))
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """Ends every request with an error: the runner is gone."""
+        for group in list(self._groups.values()):
+            for seq in list(group.seqs):
+                if not seq.finished:
+                    seq.error = f"the engine failed: {error}"
+                    self._finish(seq, Finish.ERROR, None)
+        self._flights.clear()
+
+    def close(self) -> None:
+        self.runner.close()
+
+    def _settle(self, flight: _Flight, result: StepResult) -> None:
+        now = self.clock.now()
+        self.num_steps += 1
+        prompt_tokens = 0
+        for extend, settled, epoch in zip(flight.plan.extends, result.settled, flight.epochs, strict=True):
+            prompt_tokens += len(extend.tokens) if len(extend.tokens) > 1 or extend.sample is None else 0
+            seq = self.scheduler.live.get(extend.seq)
+            if seq is None:
+                continue  # it ended while this row was in flight
+            try:
+                self._settle_row(seq, extend, settled, seq.epoch == epoch, now)
+            except MillstreamError as error:
+                seq.error = str(error)
+                self._finish(seq, Finish.ERROR, None)
+        plan = flight.plan
+        self._tell(
+            Stepped(
+                now,
+                plan.id,
+                result.seconds,
+                len(plan.extends),
+                plan.num_tokens,
+                prompt_tokens,
+                self.scheduler.num_waiting,
+                self.scheduler.num_running,
+                self.scheduler.ledger.free(),
+            )
+        )
+
+    def _settle_row(self, seq: Sequence, extend: Extend, settled: Settled, current: bool, now: float) -> None:
+        count = len(extend.tokens)
+        seq.plans_in_flight -= 1
+        if extend.sample is not None:
+            seq.pending -= 1
+        if settled.fault is not None:
+            seq.error = settled.fault
+            self._finish(seq, Finish.ERROR, None)
+            return
+        if current:
+            seq.in_flight -= count
+            seq.computed += settled.kept
+            if settled.kept < count:
+                self.scheduler.ledger.rollback(seq, seq.computed)
+            self._tell(Computed(now, seq.view, extend.start, settled.kept))
+        if extend.score is not None:
+            self._place_scores(seq, extend, settled)
+        if seq.state is State.RUNNING and current:
+            self.scheduler.ledger.settle(seq, now)
+        group = self._groups[seq.request.id]
+        accepted = seq.method.accept(seq, settled, self)
+        if seq.index == 0 and len(group.seqs) > 1:
+            self._share_prompt(group, seq)
+        if not seq.finished:
+            self._add(seq, group, accepted.tokens, accepted.logprobs, now)
+        if not seq.finished and seq.request.kind is not Kind.GENERATE and seq.computed >= seq.num_prompt:
+            self._finish(seq, Finish.STOP, None)
+
+    def _add(self, seq: Sequence, group: _Group, tokens: Seq[int], logprobs: Seq[TokenLogprobs], now: float) -> None:
+        if not tokens:
+            return
+        taken: list[int] = []
+        reason: Finish | None = None
+        stop_reason: int | str | None = None
+        for token in tokens:
+            seq.tokens.append(token)
+            taken.append(token)
+            if token in seq.stop_ids and seq.num_output > seq.request.params.min_tokens:
+                own = token in seq.request.params.stop_token_ids
+                reason, stop_reason = Finish.STOP, token if own else None
+                break
+            for observer in group.observers[seq.index]:
+                halt = observer.see((token,))
+                if halt is not None and reason is None:
+                    reason, stop_reason = Finish.STOP, halt.stop_reason
+            if reason is None and len(seq.tokens) >= seq.max_len:
+                reason = Finish.LENGTH
+            if reason is not None:
+                break
+        seq.stamps.first_token = now if seq.stamps.first_token is None else seq.stamps.first_token
+        seq.stamps.last_token = now
+        kept = tuple(logprobs[: len(taken)])
+        seq.cumulative_logprob += sum(entry.chosen.logprob for entry in kept)
+        self._tell(Emitted(now, seq.view, len(taken)))
+        if reason is None:
+            prompt_logprobs = None
+            if seq.num_output == len(taken) and seq.request.params.prompt_logprobs is not None:
+                prompt_logprobs = tuple(seq.prompt_logprobs)
+            group.sink(Chunk(seq.request.id, seq.index, tuple(taken), kept, prompt_logprobs, usage=self._usage(seq)))
+        else:
+            self._finish(seq, reason, stop_reason, tuple(taken), kept)
+
+    def _place_scores(self, seq: Sequence, extend: Extend, settled: Settled) -> None:
+        if not seq.prompt_logprobs:
+            seq.prompt_logprobs = [None] * seq.num_prompt
+        for position, entry in enumerate(settled.prompt_logprobs, extend.start + 1):
+            seq.prompt_logprobs[position] = entry
+        seq.scored = max(seq.scored, extend.start + len(settled.prompt_logprobs))
+
+    def _share_prompt(self, group: _Group, leader: Sequence) -> None:
+        if leader.computed < leader.num_prompt and not leader.finished:
+            return
+        if leader.state is State.SWAPPED:
+            return
+        for seq in group.seqs[1:]:
+            if SIBLINGS not in seq.gates:
+                continue
+            seq.gates.discard(SIBLINGS)
+            seq.prompt_logprobs = list(leader.prompt_logprobs)
+            length = seq.num_prompt - 1
+            if leader.state is State.RUNNING and length > 0:
+                # The last prompt token is computed again by each: its logits are what they sample from.
+                self.scheduler.ledger.fork(leader, seq, length)
+                seq.computed = seq.cached = length
+                seq.state = State.RUNNING
+
+    # -- what decode methods may do (Hands)
+
+    def siblings(self, seq: Sequence) -> Seq[Sequence]:
+        return self._groups[seq.request.id].seqs
+
+    def permute(self, assign: Seq[tuple[Sequence, Sequence, int]]) -> None:
+        now = self.clock.now()
+        grown = {parent.id: [*parent.tokens] for _, parent, _ in assign}
+        computed = {parent.id: parent.computed for _, parent, _ in assign}
+        held = [(seq, parent) for seq, parent, _ in assign if parent.state is State.RUNNING]
+        self.scheduler.ledger.permute([(seq, parent, computed[parent.id]) for seq, parent in held])
+        kept = {seq.id for seq, _ in held}
+        for seq, parent, token in assign:
+            if seq.id not in kept and seq.holdings:
+                self.scheduler.ledger.release(seq, now, remember=False)
+            seq.tokens = [*grown[parent.id], token]
+            seq.computed = computed[parent.id] if seq.id in kept else 0
+            seq.state = State.RUNNING if seq.id in kept else State.WAITING
+            seq.epoch += 1
+            seq.in_flight = 0
+            seq.stamps.first_token = now if seq.stamps.first_token is None else seq.stamps.first_token
+            seq.stamps.last_token = now
+
+    def finish(
+        self, seq: Sequence, reason: Finish, stop_reason: int | str | None = None, output: Seq[int] | None = None
+    ) -> None:
+        if not seq.finished:
+            self._finish(seq, reason, stop_reason, replaced=None if output is None else tuple(output))
+
+    # -- endings
+
+    def _finish(
+        self,
+        seq: Sequence,
+        reason: Finish,
+        stop_reason: int | str | None,
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        replaced: tuple[int, ...] | None = None,
+    ) -> None:
+        now = self.clock.now()
+        group = self._groups[seq.request.id]
+        if seq.index == 0 and len(group.seqs) > 1:
+            if reason not in (Finish.ERROR, Finish.ABORT):
+                self._share_prompt(group, seq)
+            for sibling in group.seqs[1:]:
+                sibling.gates.discard(SIBLINGS)
+        if replaced is not None:
+            seq.tokens = [*seq.tokens[: seq.num_prompt], *replaced]
+            seq.computed = min(seq.computed, seq.num_prompt)
+        # After a fault nobody knows what its blocks hold.
+        self.scheduler.remove(seq, now, remember=reason is not Finish.ERROR)
+        seq.finish, seq.stop_reason = reason, stop_reason
+        seq.stamps.finished = now
+        group.unfinished -= 1
+        if group.unfinished == 0:
+            del self._groups[seq.request.id]
+        self._tell(Finished(now, seq.view, reason))
+        stamps = seq.stamps
+        metrics = RequestMetrics(
+            queue_s=None if stamps.admitted is None else stamps.admitted - stamps.arrival,
+            ttft_s=None if stamps.first_token is None else stamps.first_token - stamps.arrival,
+            total_s=now - stamps.arrival,
+            preemptions=seq.preemptions,
+        )
+        prompt_logprobs = None
+        if seq.request.params.prompt_logprobs is not None and seq.num_output == len(tokens):
+            prompt_logprobs = tuple(seq.prompt_logprobs or [None] * seq.num_prompt)
+        group.sink(
+            Chunk(
+                seq.request.id,
+                seq.index,
+                tokens,
+                logprobs,
+                prompt_logprobs,
+                finish=reason,
+                stop_reason=stop_reason,
+                error=seq.error,
+                usage=self._usage(seq),
+                metrics=metrics,
+                cumulative_logprob=seq.cumulative_logprob,
+                replaced=replaced,
+            )
+        )
+
+    @staticmethod
+    def _usage(seq: Sequence) -> Usage:
+        return Usage(seq.num_prompt, seq.num_output, seq.cached)
+
+    def _tell(self, event: Event) -> None:
+        self.scheduler.policy.observe(event)
+        for listener in self.listeners:
+            listener(event)

@@ -1,0 +1,94 @@
+"""What the scheduling room promises.
+
+The loop (`scheduler.py`) keeps everything safe: no block is handed out twice, nothing that waits at a gate is launched,
+a victim is only taken for somebody who ranks before it. Policies only prefer; meters only cut.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from millstream.core.events import Event
+from millstream.core.sequence import Sequence, SeqView
+
+
+class Verdict(enum.Enum):
+    """ADMIT it now; SKIP it for this step; HOLD it and everybody who ranks after it, so that none overtakes."""
+
+    ADMIT = "admit"
+    SKIP = "skip"
+    HOLD = "hold"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The most that a step may take; None: no opinion. Of several policies' budgets the smallest wins."""
+
+    tokens: int | None = None
+    rows: int | None = None
+
+
+class LoadView:
+    """How the engine stands when a step is planned: read-only, built once a step."""
+
+    __slots__ = ("budget", "free_blocks", "now", "running", "total_blocks", "waiting")
+
+    def __init__(
+        self,
+        now: float,
+        free_blocks: int,
+        total_blocks: int,
+        waiting: Seq[SeqView],
+        running: Seq[SeqView],
+    ) -> None:
+        self.now = now
+        self.free_blocks = free_blocks
+        self.total_blocks = total_blocks
+        self.waiting = waiting
+        self.running = running
+        self.budget = Budget()
+
+
+class Policy(Protocol):
+    """Who goes first. Every method must be a pure function of what it was shown, and cheap: it runs every step."""
+
+    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        """Smaller goes first. Must not change while nothing happens to the sequence, else work is thrown away."""
+        ...
+
+    def admit(self, seq: SeqView, view: LoadView) -> Verdict:
+        """Asked for sequences that hold no place yet."""
+        ...
+
+    def budget(self, view: LoadView) -> Budget: ...
+
+    def victim(self, running: Seq[SeqView], view: LoadView) -> SeqView | None:
+        """Who gives up its blocks when they run out; `running` is in rank order. None: no opinion (the last one)."""
+        ...
+
+    def observe(self, event: Event) -> None: ...
+
+
+class Meter(Protocol):
+    """Cuts how many tokens a sequence gets in this step. Meters are asked in order, each sees the last one's answer.
+
+    Meters are part of the mechanism, so they see the Sequence itself; a meter is made with the ledger.
+    `relieved_by_preemption`: an answer of 0 may change when another sequence gives up its blocks.
+    """
+
+    relieved_by_preemption: bool
+
+    def begin(self, view: LoadView) -> None:
+        """A step is being planned."""
+        ...
+
+    def fit(self, seq: Sequence, n: int) -> int:
+        """At most how many of `n` tokens it may get, 0 for none. Changes nothing: it may be asked again."""
+        ...
+
+    def take(self, seq: Sequence, n: int) -> None:
+        """It gets `n` tokens in this step. Called before slots are allocated, so that blocks can be claimed ahead."""
+        ...

@@ -1,0 +1,220 @@
+"""Who runs next, and how much. One loop, never subclassed: policies prefer, meters cut, the ledger keeps count.
+
+Chunked prefill, prefix hits, speculation and preemption all fall out of one idea: a sequence has tokens known and
+tokens computed, and each step lets the second catch up with the first, as far as every meter allows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from millstream.core.events import Admitted, Event, Preempted
+from millstream.core.plan import FROM_PREVIOUS, Extend, ScoreAsk, StepPlan
+from millstream.core.sequence import Sequence, State
+from millstream.memory.ledger import Ledger
+from millstream.sched.protocol import LoadView, Meter, Policy, Verdict
+from millstream.sched.stack import PolicyStack
+
+
+class Scheduler:
+    """Plans steps over the sequences given to it.
+
+    `preemption` is how a victim recovers: "recompute" forgets its KV, "swap" copies it to the host (and falls back to
+    recompute when the host has no room).
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        policies: Seq[Policy],
+        meters: Seq[Meter],
+        preemption: str = "recompute",
+        observe: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.ledger = ledger
+        self.policy = PolicyStack(policies)
+        self.meters = list(meters)
+        self.preemption = preemption
+        self.observe = observe
+        self.live: dict[int, Sequence] = {}
+        self._forgotten: list[int] = []
+        self._plan_ids = itertools.count()
+
+    def add(self, seq: Sequence) -> None:
+        self.live[seq.id] = seq
+
+    def remove(self, seq: Sequence, now: float, remember: bool) -> None:
+        """Ends a sequence's stay: its blocks are given back, remembered for later prompts unless they are suspect."""
+        del self.live[seq.id]
+        self.ledger.release(seq, now, remember)
+        seq.state = State.FINISHED
+        self._forgotten.append(seq.id)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(seq.state is not State.RUNNING for seq in self.live.values())
+
+    @property
+    def num_running(self) -> int:
+        return sum(seq.state is State.RUNNING for seq in self.live.values())
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None when nothing can be launched now."""
+        view = self._view(now)
+        for meter in self.meters:
+            meter.begin(view)
+        order = sorted(self.live.values(), key=lambda seq: self.policy.rank(seq.view, view))
+        extends: list[Extend] = []
+        out: set[int] = set()  # gave up their place in this very plan
+        held = False
+        for place, seq in enumerate(order):
+            if seq.gates or seq.id in out or seq.left <= 0:
+                continue
+            entering = seq.state is not State.RUNNING
+            was_swapped = seq.state is State.SWAPPED
+            if entering:
+                if held:
+                    continue
+                verdict = self.policy.admit(seq.view, view)
+                if verdict is not Verdict.ADMIT:
+                    held = verdict is Verdict.HOLD
+                    continue
+                # Cheap refusals first: entering touches the cache.
+                if not self._would_fit(seq):
+                    continue
+                if not self._enter(seq, now):
+                    # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
+                    held = True
+                    continue
+            n = self._fit(seq)
+            while n == 0 and not entering and self._would_fit(seq):
+                victim = self._victim(order, place, out, view)
+                if victim is None:
+                    break
+                self._preempt(victim, now)
+                out.add(victim.id)
+                n = self._fit(seq)
+            if n == 0:
+                if entering:
+                    # What came back from the host stays: carrying it out again would only cost more.
+                    if not was_swapped:
+                        self._leave(seq, now)
+                    held = True
+                continue
+            if seq.stamps.admitted is None:
+                seq.stamps.admitted = now
+                self.observe(Admitted(now, seq.view, seq.cached))
+            extends.append(self._take(seq, n, now))
+        moves = self.ledger.drain_moves()
+        if not extends and not moves:
+            return None
+        forgotten, self._forgotten = tuple(self._forgotten), []
+        return StepPlan(next(self._plan_ids), tuple(extends), moves, forgotten=forgotten)
+
+    def _view(self, now: float) -> LoadView:
+        waiting = [seq.view for seq in self.live.values() if seq.state is not State.RUNNING]
+        running = [seq.view for seq in self.live.values() if seq.state is State.RUNNING]
+        view = LoadView(now, self.ledger.free(), self.ledger.total(), waiting, running)
+        view.budget = self.policy.budget(view)
+        return view
+
+    def _fit(self, seq: Sequence) -> int:
+        n: int = seq.method.want(seq)
+        for meter in self.meters:
+            if n <= 0:
+                return 0
+            n = meter.fit(seq, n)
+        return n
+
+    def _would_fit(self, seq: Sequence) -> bool:
+        """Whether it could go on if only blocks were there: no meter refuses that preemption cannot relieve."""
+        n: int = seq.method.want(seq)
+        for meter in self.meters:
+            if not meter.relieved_by_preemption:
+                n = meter.fit(seq, n)
+        return n > 0
+
+    def _enter(self, seq: Sequence, now: float) -> bool:
+        """Gives a sequence that holds nothing on the device what is there for it; False when there is no room."""
+        if seq.state is State.SWAPPED:
+            if not self.ledger.swap_in_room(seq):
+                return False
+            self.ledger.swap_in(seq, now)
+        else:
+            # Positions whose prompt logprobs are still wanted have to be computed, whatever the cache holds.
+            limit = seq.scored if seq.request.params.prompt_logprobs is not None else None
+            seq.computed = self.ledger.attach(seq, now, limit)
+            if seq.stamps.admitted is None:
+                seq.cached = seq.computed
+        seq.state = State.RUNNING
+        return True
+
+    def _leave(self, seq: Sequence, now: float) -> None:
+        """Takes an entry back that led to nothing in this step."""
+        self.ledger.release(seq, now, remember=False)
+        seq.state = State.WAITING
+        seq.computed = 0
+
+    def _swap(self, seq: Sequence, now: float) -> bool:
+        if self.preemption == "swap" and seq.computed + seq.in_flight > 0 and self.ledger.swap_out(seq, now):
+            seq.state = State.SWAPPED
+            return True
+        return False
+
+    def _forget(self, seq: Sequence, now: float) -> None:
+        self.ledger.release(seq, now, remember=True)
+        seq.state = State.WAITING
+        seq.computed = seq.in_flight = 0
+        seq.epoch += 1
+
+    def _victim(self, order: list[Sequence], place: int, out: set[int], view: LoadView) -> Sequence | None:
+        running = [s for s in order[place + 1 :] if s.state is State.RUNNING and s.id not in out]
+        if not running:
+            # What waits at a gate cannot use its blocks now, and what it waits for may be this very sequence.
+            running = [s for s in order[:place] if s.gates and s.state is State.RUNNING and s.id not in out]
+        if not running:
+            return None
+        chosen = self.policy.victim([seq.view for seq in running], view)
+        return next((seq for seq in running if chosen is not None and seq.id == chosen.id), running[-1])
+
+    def _preempt(self, seq: Sequence, now: float) -> None:
+        seq.preemptions += 1
+        how = "swap" if self._swap(seq, now) else "recompute"
+        if how == "recompute":
+            self._forget(seq, now)
+        self.observe(Preempted(now, seq.view, how))
+
+    def _take(self, seq: Sequence, n: int, now: float) -> Extend:
+        for meter in self.meters:
+            meter.take(seq, n)
+        self.ledger.grow(seq, n, now)
+        start = seq.next_start
+        stop = start + n
+        tokens = tuple(seq.tokens[start:stop])
+        tokens += (FROM_PREVIOUS,) * (n - len(tokens))
+        sample = seq.method.ask(seq, stop) if stop == seq.known else None
+        extend = Extend(
+            seq.id,
+            start,
+            tokens,
+            tuple(seq.holdings.values()),
+            sample=sample,
+            score=_score_ask(seq, start, stop),
+            adapter=seq.request.adapter,
+            decode=seq.decode.name,
+        )
+        seq.in_flight += n
+        seq.plans_in_flight += 1
+        if sample is not None:
+            seq.pending += 1
+        return extend
+
+
+def _score_ask(seq: Sequence, start: int, stop: int) -> ScoreAsk | None:
+    top = seq.request.params.prompt_logprobs
+    if top is None or seq.index > 0 or stop <= seq.scored or start >= seq.num_prompt - 1:
+        return None
+    targets = seq.tokens[start + 1 : min(stop + 1, seq.num_prompt)]
+    return ScoreAsk(tuple(targets), top)

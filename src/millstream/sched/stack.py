@@ -1,0 +1,45 @@
+"""Several policies as one: ranks concatenate, all must admit, the smallest budget wins, the first victim named wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from millstream.core.events import Event
+from millstream.core.sequence import SeqView
+from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
+
+
+class PolicyStack:
+    """A Policy made of policies, the most important first. Ties end by sequence id, so that an order is total."""
+
+    def __init__(self, policies: Seq[Policy]) -> None:
+        self.policies = tuple(policies)
+
+    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        ranks: tuple[float, ...] = ()
+        for policy in self.policies:
+            ranks += policy.rank(seq, view)
+        return (*ranks, seq.id)
+
+    def admit(self, seq: SeqView, view: LoadView) -> Verdict:
+        for policy in self.policies:
+            if (verdict := policy.admit(seq, view)) is not Verdict.ADMIT:
+                return verdict
+        return Verdict.ADMIT
+
+    def budget(self, view: LoadView) -> Budget:
+        budgets = [policy.budget(view) for policy in self.policies]
+        return Budget(
+            tokens=min((b.tokens for b in budgets if b.tokens is not None), default=None),
+            rows=min((b.rows for b in budgets if b.rows is not None), default=None),
+        )
+
+    def victim(self, running: Seq[SeqView], view: LoadView) -> SeqView | None:
+        for policy in self.policies:
+            if (chosen := policy.victim(running, view)) is not None:
+                return chosen
+        return None
+
+    def observe(self, event: Event) -> None:
+        for policy in self.policies:
+            policy.observe(event)
