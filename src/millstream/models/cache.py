@@ -37,7 +37,9 @@ ALIGNMENT = 64
 _EDGE_BYTES = 4096
 
 
-def load_tensors(source: ModelSource, dtype: torch.dtype | None = None, cached: bool = True) -> Mapping[str, torch.Tensor]:
+def load_tensors(
+    source: ModelSource, dtype: torch.dtype | None = None, cached: bool = True
+) -> Mapping[str, torch.Tensor]:
     """All tensors of a source under their Hugging Face names, as `dtype` (float32 when not said).
 
     A GGUF source is converted once and mapped from then on; with `cached=False`, or when the cache cannot be written
@@ -132,7 +134,7 @@ def _write(source: GgufSource, dtype: torch.dtype, folder: Path) -> None:
             for name, entry in entries.items():
                 padding = bytes(entry["offset"] - file.tell())
                 tensor = source.tensor(name, dtype).contiguous()
-                data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                data = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
                 for part in (padding, data):
                     file.write(part)
                     crc = zlib.crc32(part, crc)

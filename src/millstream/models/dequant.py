@@ -23,8 +23,8 @@ from torch import Tensor
 from millstream.core.errors import BadFile, Unsupported
 from millstream.models.gguf import BLOCKS
 
-# Values of one chunk: it bounds the memory used beside the result. Of 2^17 to 2^20 this was the fastest for nearly every
-# type (1.4 ns a value on two cores), as a chunk costs a dozen torch calls whatever its size.
+# Values of one chunk: it bounds the memory used beside the result. Of 2^17 to 2^20 this was the fastest for nearly
+# every type (1.4 ns a value on two cores), as a chunk costs a dozen torch calls whatever its size.
 CHUNK_VALUES = 1 << 20
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
@@ -37,7 +37,7 @@ def dequantize(
 ) -> Tensor:
     """A new tensor of `shape` and `dtype` from the stored bytes of one GGUF tensor.
 
-    `raw` is any writable buffer of bytes, or a uint8 tensor. The arithmetic is in float32, then rounded once to `dtype`.
+    `raw` is any writable buffer of bytes, or a uint8 tensor. The arithmetic is in float32, rounded once to `dtype`.
     Raises Unsupported for a type that cannot be read, BadFile when the bytes do not match the shape.
     """
     data = raw if isinstance(raw, Tensor) else torch.frombuffer(raw, dtype=torch.uint8)
@@ -101,7 +101,9 @@ def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
 
 
 # Byte -> its eight bits, lowest first, each as a byte 0 or 16, all eight in one word.
-_BITS_OF_BYTE = ((torch.arange(256)[:, None] >> torch.arange(8) & 1) << 4).to(torch.uint8).view(torch.int64).reshape(256)
+_BITS_OF_BYTE = (
+    ((torch.arange(256)[:, None] >> torch.arange(8) & 1) << 4).to(torch.uint8).view(torch.int64).reshape(256)
+)
 
 
 def _scaled(out: Tensor, q: Tensor, d: Tensor) -> None:
@@ -147,14 +149,14 @@ def _six_bit_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
     groups = out.view(-1, 8, 32)
     scale, minimum = _six_bit_scales(blocks)
-    _scaled(groups, _nibbles(blocks[:, 16:].unflatten(1, (4, 32))).view(groups.shape), scale)
+    _scaled(groups, _nibbles(blocks[:, 16:].view(-1, 4, 32)).view(groups.shape), scale)
     groups.sub_(minimum)
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
     groups = out.view(-1, 8, 32)
     scale, minimum = _six_bit_scales(blocks)
-    q = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).view(groups.shape)
+    q = _nibbles(blocks[:, 48:].view(-1, 4, 32)).view(groups.shape)
     high = blocks[:, 16:48].contiguous().view(torch.int64)
     q = q.view(torch.int64)
     for group in range(8):
@@ -166,7 +168,7 @@ def _q5_k(blocks: Tensor, out: Tensor) -> None:
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
     groups = out.view(-1, 16, 16)
     # Half a block is 64 low bytes: their low halves are values 0..63, their high halves 64..127.
-    q = _nibbles(blocks[:, :128].unflatten(1, (2, 64))).view(-1, 2, 4, 32).view(torch.int64)
+    q = _nibbles(blocks[:, :128].view(-1, 2, 64)).view(-1, 2, 4, 32).view(torch.int64)
     high = blocks[:, 128:192].contiguous().view(torch.int64).view(-1, 2, 4)
     for quarter in range(4):
         q[:, :, quarter] |= (high >> (2 * quarter) & _LOW_PAIRS) << 4

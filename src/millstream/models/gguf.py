@@ -253,7 +253,9 @@ class _Reader:
         """Refuses `count` things of at least `each` bytes that the rest of the file cannot hold."""
         left = self.size - self.pos
         if count > left // each:
-            raise self.bad(f"{self.where} says {count} {what}, but the {left} bytes that remain hold at most {left // each}")
+            raise self.bad(
+                f"{self.where} says {count} {what}, but the {left} bytes that remain hold at most {left // each}"
+            )
 
     def take(self, length: int, what: str) -> int:
         """Steps over `length` bytes and returns where they begin."""
@@ -358,7 +360,12 @@ class _Reader:
 
     def alignment(self, metadata: Mapping[str, Any]) -> int:
         value = metadata.get("general.alignment", 32)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or not 0 < value <= MAX_ALIGNMENT
+            or value & (value - 1)
+        ):
             raise self.bad(f"key 'general.alignment' is {value!r:.80}, allowed is a power of two up to {MAX_ALIGNMENT}")
         return value
 
@@ -381,9 +388,13 @@ class _Reader:
             values *= dim
             # Also keeps the product small: past this it could not fit anyway.
             if dim == 0 or values // block * block_bytes > self.size:
-                raise self.bad(f"{self.where} of shape {dims[::-1]} and type {type_name} cannot be in {self.size} bytes")
+                raise self.bad(
+                    f"{self.where} of shape {dims[::-1]} and type {type_name} cannot be in {self.size} bytes"
+                )
         if dims[0] % block:
-            raise self.bad(f"{self.where}: rows of {dims[0]} values do not divide into the blocks of {block} of {type_name}")
+            raise self.bad(
+                f"{self.where}: rows of {dims[0]} values do not divide into the blocks of {block} of {type_name}"
+            )
         return GgufTensor(name, tuple(dims[::-1]), type_name, offset, values // block * block_bytes)
 
     def place(self, found: list[GgufTensor], alignment: int) -> dict[str, GgufTensor]:

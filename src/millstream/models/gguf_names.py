@@ -63,7 +63,9 @@ _MIXTRAL_EXPERT = {
     "up": "block_sparse_moe.experts.{}.w3",
 }
 # Tensors that carry no weight of their own: RoPE tables, which the config states.
-_IGNORED = re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight")
+_IGNORED = re.compile(
+    r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.(attn_rot_embd|rope_freqs)\.weight"
+)
 _IN_LAYER = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)(?:\.(\d{1,6}))?\.(weight|bias)")
 
 
@@ -117,7 +119,9 @@ class GgufModel:
         value = self.file.metadata.get(key, default)
         if isinstance(value, Sequence) and not isinstance(value, str):
             if not value or any(v != value[0] for v in value):
-                raise Unsupported(f"{self.file.path}: key {key!r} differs from layer to layer, which no known family has")
+                raise Unsupported(
+                    f"{self.file.path}: key {key!r} differs from layer to layer, which no known family has"
+                )
             return value[0]
         return value
 
@@ -149,9 +153,13 @@ class GgufModel:
         embedding = self._tensor("token_embd.weight")
         hidden, layers = self._count("embedding_length"), self._count("block_count")
         if len(embedding.shape) != 2 or embedding.shape[1] != hidden:
-            raise self._bad(f"tensor 'token_embd.weight' has shape {list(embedding.shape)}, its rows should have {hidden}")
+            raise self._bad(
+                f"tensor 'token_embd.weight' has shape {list(embedding.shape)}, its rows should have {hidden}"
+            )
         if layers > len(self.file.tensors):
-            raise self._bad(f"key '{self.arch}.block_count' is {layers}, but there are {len(self.file.tensors)} tensors")
+            raise self._bad(
+                f"key '{self.arch}.block_count' is {layers}, but there are {len(self.file.tensors)} tensors"
+            )
         heads = self._count("attention.head_count")
         kv_heads = self._count("attention.head_count_kv", heads)
         if heads % kv_heads:
@@ -248,10 +256,10 @@ class GgufModel:
         # Every sixth layer sees everything; files written before the key was introduced leave it out.
         pattern = self._get("attention.sliding_window_pattern", 6)
         if isinstance(pattern, bool) or not isinstance(pattern, int) or pattern < 1:
-            raise self._bad(f"key 'gemma3.attention.sliding_window_pattern' is {pattern!r:.80}, allowed is a count of layers")
-        config["layer_types"] = [
-            "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
-        ]
+            raise self._bad(
+                f"key 'gemma3.attention.sliding_window_pattern' is {pattern!r:.80}, allowed is a count of layers"
+            )
+        config["layer_types"] = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
         self._rope(config, 1000000.0)
 
     def _soft_cap(self, name: str) -> float | None:
@@ -277,7 +285,9 @@ class GgufModel:
             "num_experts": experts,
             "num_experts_per_tok": used,
             "moe_intermediate_size": width,
-            "intermediate_size": self._count("feed_forward_length", width) if self._get("feed_forward_length") else width,
+            "intermediate_size": self._count("feed_forward_length", width)
+            if self._get("feed_forward_length")
+            else width,
             "norm_topk_prob": bool(self._get("expert_weights_norm", normalised)),
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
@@ -307,7 +317,9 @@ class GgufModel:
                     scaling[name] = self._real(f"rope.scaling.{key}")
             config["rope_scaling"] = scaling
         elif kind not in ("none", "linear"):
-            raise Unsupported(f"{self.file.path}: RoPE scaling of the type {kind!r:.40}; known are none, linear, yarn and llama3")
+            raise Unsupported(
+                f"{self.file.path}: RoPE scaling of the type {kind!r:.40}; known are none, linear, yarn and llama3"
+            )
 
     def _rope_factors(self, config: dict[str, Any]) -> dict[str, Any]:
         """The scaling whose table `rope_freqs.weight` is: llama3's where it fits, else the same table by itself."""
@@ -382,7 +394,9 @@ class GgufModel:
                 return [(f"{layer}.{which.format(int(expert))}.weight", Piece(stored, stored.shape))]
             count = self.config.get("num_experts") or self.config["num_local_experts"]
             if len(stored.shape) != 3 or stored.shape[0] != count:
-                raise self._bad(f"tensor {stored.name!r} has shape {list(stored.shape)}, it should stack {count} experts")
+                raise self._bad(
+                    f"tensor {stored.name!r} has shape {list(stored.shape)}, it should stack {count} experts"
+                )
             return [
                 (f"{layer}.{which.format(i)}.weight", Piece(stored, stored.shape[1:], expert=i)) for i in range(count)
             ]
@@ -414,7 +428,9 @@ class GgufModel:
         return Piece(stored, shape, heads=heads, shift=shift)
 
     def _unknown(self, name: str) -> Unsupported:
-        return Unsupported(f"{self.file.path}: tensor {name!r} is not one that the architecture {self.arch!r} is known to have")
+        return Unsupported(
+            f"{self.file.path}: tensor {name!r} is not one that the architecture {self.arch!r} is known to have"
+        )
 
     # Summary
 
@@ -438,9 +454,7 @@ _SAMPLING = {
 }
 
 
-def llama3_factors(
-    theta: float, half: int, factor: float, low: float, high: float, original: int
-) -> list[float]:
+def llama3_factors(theta: float, half: int, factor: float, low: float, high: float, original: int) -> list[float]:
     """By what llama3's RoPE scaling divides each of the `half` frequencies."""
     divisors = []
     for i in range(half):

@@ -1,12 +1,12 @@
 """Where models live on disk, what a file's checksum is, and who may write there now.
 
-    $MILLSTREAM_HOME            (~/.cache/millstream when not set)
-      models/<name>/            named models, one folder each
-      hub/<org>--<name>/        models taken from a hub
-      converted/                converted weights
-      partial/                  downloads under way; what is verified here is not downloaded again
-      locks/                    one file a lock
-      checksums.json            path, size, mtime, inode -> sha256
+$MILLSTREAM_HOME            (~/.cache/millstream when not set)
+  models/<name>/            named models, one folder each
+  hub/<org>--<name>/        models taken from a hub
+  converted/                converted weights
+  partial/                  downloads under way; what is verified here is not downloaded again
+  locks/                    one file a lock
+  checksums.json            path, size, mtime, inode -> sha256
 """
 
 from __future__ import annotations
@@ -54,13 +54,19 @@ def checksum(path: str | Path) -> str:
         return str(known[-1])
     digest = sha256_of(path)
     if _stamp(path) == stamp:
-        # An index that cannot be written costs time, never an answer.
-        with contextlib.suppress(OSError), locked("checksums"):
-            entries = _read_index(index)
-            entries.pop(str(path), None)
-            entries[str(path)] = [*stamp, digest]
-            write_atomically(index, json.dumps(dict(list(entries.items())[-MAX_CHECKSUMS:])).encode())
+        remember(path, digest)
     return digest
+
+
+def remember(path: Path, digest: str) -> None:
+    """Notes the checksum of a file just read whole. An index that cannot be written costs time, never an answer."""
+    path = path.resolve()
+    index = home() / "checksums.json"
+    with contextlib.suppress(OSError), locked("checksums"):
+        entries = _read_index(index)
+        entries.pop(str(path), None)
+        entries[str(path)] = [*_stamp(path), digest]
+        write_atomically(index, json.dumps(dict(list(entries.items())[-MAX_CHECKSUMS:])).encode())
 
 
 def _stamp(path: Path) -> list[int]:

@@ -88,7 +88,9 @@ def read_safetensors(path: str | Path) -> SafetensorsFile:
         raise BadFile(path, f"cannot be read: {error.strerror or error}") from error
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise BadFile(path, f"the header says it has {length} bytes, allowed are {MAX_HEADER_BYTES}: not a safetensors file?")
+        raise BadFile(
+            path, f"the header says it has {length} bytes, allowed are {MAX_HEADER_BYTES}: not a safetensors file?"
+        )
     if length > size - 8:
         raise BadFile(path, f"the header says it has {length} bytes, the file has {size}: it is truncated or lies")
     header = _parse(path, mapped[8 : 8 + length])
@@ -159,7 +161,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise BadFile(path, f"is larger than {MAX_HEADER_BYTES} bytes")
         content = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
-        raise BadFile(path, "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}") from error
+        raise BadFile(
+            path, "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise BadFile(path, f"is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -180,12 +184,14 @@ def weight_files(folder: Path) -> list[str]:
     if len(there) == 1:
         return there
     if there:
-        raise BadFile(folder, f"has {len(there)} safetensors files ({there[0]}, ...) but no {INDEX} that says what is where")
+        raise BadFile(
+            folder, f"has {len(there)} safetensors files ({there[0]}, ...) but no {INDEX} that says what is where"
+        )
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickled:
         raise Unsupported(
-            f"{folder} holds its weights as {pickled[0]}, a pickle, which can run code when opened and is not read here; "
-            "convert it to safetensors (transformers: model.save_pretrained(folder, safe_serialization=True))"
+            f"{folder} holds its weights as {pickled[0]}, a pickle, which can run code when opened and is not read "
+            "here; convert it to safetensors (transformers: model.save_pretrained(folder, safe_serialization=True))"
         )
     if (folder / "adapter_config.json").is_file():
         raise Unsupported(f"{folder} is an adapter, not a whole model; name its base model instead")
@@ -199,7 +205,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise BadFile(index, "has no weight_map")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise BadFile(index, f"tensor {name!r}: {shard!r:.80} is not the name of a safetensors file beside the index")
+            raise BadFile(
+                index, f"tensor {name!r}: {shard!r:.80} is not the name of a safetensors file beside the index"
+            )
     return weight_map
 
 

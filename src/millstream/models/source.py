@@ -18,7 +18,14 @@ from millstream.core.errors import BadFile, UnknownModel, Unsupported
 from millstream.models.gguf import is_gguf, read_gguf
 from millstream.models.gguf_names import GgufModel, Piece
 from millstream.models.home import checksum
-from millstream.models.safetensors_file import INDEX, WEIGHT_DTYPES, read_folder, read_json
+from millstream.models.safetensors_file import (
+    INDEX,
+    WEIGHT_DTYPES,
+    SafetensorsFile,
+    StoredTensor,
+    read_folder,
+    read_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +81,10 @@ class ModelSource(Protocol):
         ...
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor converted to `dtype` (float32 when not said). It may share memory with a private mapping of the file:
-        writing to it never reaches the file."""
+        """A tensor converted to `dtype` (float32 when not said).
+
+        It may share memory with a private mapping of the file: writing to it never reaches the file.
+        """
         ...
 
     def raw_tensor(self, name: str) -> RawTensor: ...
@@ -172,7 +181,9 @@ class FolderSource:
         quantized = self.config.get("quantization_config")
         if quantized:
             method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
-            raise Unsupported(f"{path} is quantized by {method}; read here are {', '.join(WEIGHT_DTYPES)} weights and GGUF files")
+            raise Unsupported(
+                f"{path} is quantized by {method}; read here are {', '.join(WEIGHT_DTYPES)} weights and GGUF files"
+            )
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
         self._tensors = read_folder(path)
@@ -206,7 +217,8 @@ class FolderSource:
         raw = self.raw_tensor(name)
         if raw.type not in WEIGHT_DTYPES:
             raise Unsupported(
-                f"{self._find(name)[0].path}: tensor {name!r} is stored as {raw.type}, weights are read from {', '.join(WEIGHT_DTYPES)}"
+                f"{self._find(name)[0].path}: tensor {name!r} is stored as {raw.type}, "
+                f"weights are read from {', '.join(WEIGHT_DTYPES)}"
             )
         stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[raw.type]
         data = raw.data.clone() if raw.data.data_ptr() % stored.itemsize else raw.data
@@ -228,7 +240,7 @@ class FolderSource:
             digest.update(f"{file.name} {_checksum(file)}\n".encode())
         return digest.hexdigest()
 
-    def _find(self, name: str) -> Any:
+    def _find(self, name: str) -> tuple[SafetensorsFile, StoredTensor]:
         found = self._tensors.get(name)
         if found is None:
             raise BadFile(self.path, f"tensor {name!r} is missing")
@@ -248,9 +260,13 @@ def open_source(path: str | Path, id: str | None = None) -> ModelSource:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UnknownModel(str(path), [n for n in beside if n.endswith(".gguf")], "No file or folder is at this path")
     if path.suffix in {".bin", ".pt", ".pth", ".ckpt"} and not is_gguf(path):
-        raise Unsupported(f"{path} is a pickle, which can run code when opened and is not read here; use safetensors or GGUF")
+        raise Unsupported(
+            f"{path} is a pickle, which can run code when opened and is not read here; use safetensors or GGUF"
+        )
     if path.suffix == ".safetensors":
-        raise Unsupported(f"{path} is one file of a model; name the folder that also holds its config.json: {path.parent}")
+        raise Unsupported(
+            f"{path} is one file of a model; name the folder that also holds its config.json: {path.parent}"
+        )
     return GgufSource(path, id)
 
 
