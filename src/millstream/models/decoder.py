@@ -1,0 +1,189 @@
+"""The one builder: a ModelSpec and its tensors become a decoder.
+
+It runs at three grains. Whole: `forward` takes a ragged step from token ids to hidden states. By layers: `embed`,
+`run_layers(x, lo, hi)`, `head`. By module: `layers[i].attend` and `layers[i].channel`, each with any rows.
+Positions are an input (`step.layout.positions`) and nothing is remembered between calls but what is in the pages.
+
+Callers hold `torch.inference_mode()`.
+
+Shapes: T tokens of a step, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from millstream.core.errors import BadFile
+from millstream.models.blocks.attention import Attention, StepContext
+from millstream.models.blocks.linear import Linear, linear
+from millstream.models.blocks.mlp import Mlp, Moe
+from millstream.models.blocks.norm import Norm
+from millstream.models.blocks.rope import Rotary
+from millstream.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RopeSpec, dtype_bytes
+
+__all__ = ["Decoder", "DecoderLayer", "StepContext", "build"]
+
+
+class DecoderLayer:
+    """One layer. Both halves take the residual stream (T, C) and return it, new, with their part added."""
+
+    __slots__ = ("_channel", "_channel_norm", "_channel_post_norm", "_mixer", "_mixer_norm", "_mixer_post_norm", "spec")
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        mixer: Attention,
+        channel: Mlp | Moe,
+        mixer_norm: Norm,
+        channel_norm: Norm,
+        mixer_post_norm: Norm | None,
+        channel_post_norm: Norm | None,
+    ) -> None:
+        self.spec = spec
+        self._mixer, self._channel = mixer, channel
+        self._mixer_norm, self._channel_norm = mixer_norm, channel_norm
+        self._mixer_post_norm, self._channel_post_norm = mixer_post_norm, channel_post_norm
+
+    def attend(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """Adds attention; writes the keys and values of the step's tokens into their pages."""
+        y = self._mixer(self._mixer_norm(x), step)
+        if self._mixer_post_norm is not None:
+            y = self._mixer_post_norm(y)
+        return y.add_(x)
+
+    def channel(self, x: torch.Tensor) -> torch.Tensor:
+        """Adds the MLP or the mixture."""
+        y = self._channel(self._channel_norm(x))
+        if self._channel_post_norm is not None:
+            y = self._channel_post_norm(y)
+        return y.add_(x)
+
+
+class Decoder:
+    """A decoder-only language model over paged keys and values."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        embedding: torch.Tensor,
+        layers: list[DecoderLayer],
+        final_norm: Norm,
+        head: Linear,
+    ) -> None:
+        self.spec, self.layers = spec, layers
+        self.dtype = embedding.dtype
+        self._embedding, self._final_norm, self._head = embedding, final_norm, head
+        # Rounded to the model's dtype, as the families that have a scale were trained.
+        scale = spec.embed_scale
+        self._embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (T,) integer -> (T, C)."""
+        x = F.embedding(tokens, self._embedding)
+        return x if self._embed_scale is None else x.mul_(self._embed_scale)
+
+    def run_layers(self, x: torch.Tensor, lo: int, hi: int, step: StepContext) -> torch.Tensor:
+        """The residual stream (T, C) through the layers [lo, hi)."""
+        for layer in self.layers[lo:hi]:
+            x = layer.channel(layer.attend(x, step))
+        return x
+
+    def forward(self, tokens: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """tokens (T,) -> the residual stream after the last layer (T, C); `norm` and `head` take it from there."""
+        return self.run_layers(self.embed(tokens), 0, len(self.layers), step)
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The final norm, (rows, C) -> (rows, C)."""
+        return self._final_norm(x)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, V) float32 of the rows asked, from the residual stream (rows, C): final norm included."""
+        logits = self._head(self._final_norm(x)).float()
+        cap = self.spec.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+def build(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: str | torch.dtype = "float32") -> Decoder:
+    """A decoder of `spec` out of `tensors`, which go by the names of `spec.tensors()` and are shared, not copied.
+
+    Raises BadFile naming a tensor that is missing, too many, or of another shape than the spec's; ConfigError for an
+    unknown dtype. Tensors of formats other than dense are checked by their format.
+    """
+    name = str(dtype).removeprefix("torch.")
+    dtype_bytes(name)
+    of_dtype: torch.dtype = getattr(torch, name)
+    held = _checked(spec, tensors, of_dtype)
+    rotaries: dict[RopeSpec, Rotary] = {}
+    layers = []
+    for index, (layer, place) in enumerate(zip(spec.layers, spec.group_layers, strict=True)):
+        stem = f"layers.{index}"
+        rope = layer.mixer.rope
+        if rope is not None and rope not in rotaries:
+            rotaries[rope] = Rotary(rope)
+        norms = {part: Norm(norm, held[f"{stem}.{part}.weight"]) for part, norm in layer.norms()}
+        mixer = Attention(
+            layer.mixer,
+            place,
+            linear(layer.mixer.qkv, held, f"{stem}.attn.qkv"),
+            linear(layer.mixer.out, held, f"{stem}.attn.out"),
+            None if rope is None else rotaries[rope],
+            norms.get("attn.q_norm"),
+            norms.get("attn.k_norm"),
+        )
+        layers.append(
+            DecoderLayer(
+                layer,
+                mixer,
+                _channel(layer.channel, held, stem),
+                norms["mixer_norm"],
+                norms["channel_norm"],
+                norms.get("mixer_post_norm"),
+                norms.get("channel_post_norm"),
+            )
+        )
+    embedding = held["embed.weight"]
+    head = linear(spec.head, {"head.weight": embedding} if spec.tied else held, "head")
+    return Decoder(spec, embedding, layers, Norm(spec.final_norm, held["final_norm.weight"]), head)
+
+
+def _channel(spec: MlpSpec | MoeSpec, tensors: Mapping[str, torch.Tensor], stem: str) -> Mlp | Moe:
+    if isinstance(spec, MlpSpec):
+        return _mlp(spec, tensors, f"{stem}.mlp")
+    moe = f"{stem}.moe"
+    return Moe(
+        spec,
+        linear(spec.router, tensors, f"{moe}.router"),
+        [_mlp(spec.expert, tensors, f"{moe}.experts.{index}") for index in range(spec.num_experts)],
+        None if spec.shared is None else _mlp(spec.shared, tensors, f"{moe}.shared"),
+        None if spec.shared_gate is None else linear(spec.shared_gate, tensors, f"{moe}.shared_gate"),
+    )
+
+
+def _mlp(spec: MlpSpec, tensors: Mapping[str, torch.Tensor], name: str) -> Mlp:
+    return Mlp(spec, linear(spec.gate_up, tensors, f"{name}.gate_up"), linear(spec.down, tensors, f"{name}.down"))
+
+
+def _checked(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    held: dict[str, torch.Tensor] = {}
+    packed = {name for name, linear_spec in spec.linears() if linear_spec.format != "dense"}
+    for wanted in spec.tensors():
+        if wanted.name.rpartition(".")[0] in packed:
+            continue
+        found = tensors.get(wanted.name)
+        if found is None:
+            raise BadFile(spec.name, f"tensor {wanted.name!r} is missing")
+        if tuple(found.shape) != wanted.shape:
+            raise BadFile(
+                spec.name,
+                f"tensor {wanted.name!r} has shape {list(found.shape)}, the config asks for {list(wanted.shape)}",
+            )
+        held[wanted.name] = found.to(dtype)
+    for name in tensors:
+        if name not in held:
+            if name.rpartition(".")[0] not in packed:
+                raise BadFile(spec.name, f"tensor {name!r} is not part of this model")
+            held[name] = tensors[name]
+    return held

@@ -1,0 +1,152 @@
+"""From a model's files to a decoder that runs: family, spec, weights, build, each step timed.
+
+Where the checkpoint keeps apart what we keep as one matrix (q, k and v; gate and up), its tensors are stacked here.
+Tensors that already lie one after the other in the same mapping become one without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from millstream.core.errors import BadFile, nearest
+from millstream.models.cache import load_tensors
+from millstream.models.decoder import Decoder, build
+from millstream.models.families.protocol import Family, find_family
+from millstream.models.source import ModelSource
+from millstream.models.spec import ModelSpec, TensorSpec, dtype_bytes
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """Seconds of each phase, in order, and what became of the tensors."""
+
+    phases: dict[str, float] = field(default_factory=dict)
+    weight_bytes: int = 0
+    copied_bytes: int = 0
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.phases.values())
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    spec: ModelSpec
+    decoder: Decoder
+    report: LoadReport
+
+
+def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True) -> LoadedModel:
+    """Loads a model whole. `cached` lets converted weights be kept on disk for the next start.
+
+    Raises Unsupported for a family, a config field or a scaling that is not known, BadFile for a value that cannot be
+    and for tensors that are missing, too many or of the wrong shape, ConfigError for a dtype that does not exist.
+    """
+    report = LoadReport()
+    dtype_bytes(dtype)
+    start = time.perf_counter()
+
+    def lap(phase: str) -> None:
+        nonlocal start
+        now = time.perf_counter()
+        report.phases[phase] = now - start
+        start = now
+
+    family = find_family(source.config)
+    spec = model_spec(source, family)
+    lap("config")
+    tensors = load_tensors(source, getattr(torch, dtype), cached)
+    lap("weights")
+    ready, report.copied_bytes = prepare(source, family, spec, tensors)
+    del tensors
+    lap("fuse")
+    decoder = build(spec, ready, dtype)
+    report.weight_bytes = sum(tensor.nbytes for tensor in ready.values())
+    lap("build")
+    return LoadedModel(spec, decoder, report)
+
+
+def model_spec(source: ModelSource, family: Family | None = None) -> ModelSpec:
+    """The spec of a source, named by its id; its file is named in what is raised."""
+    try:
+        spec = (family or find_family(source.config)).spec(source.config)
+    except BadFile as error:
+        raise BadFile(source.path, error.what) from error
+    return replace(spec, name=source.id)
+
+
+def prepare(
+    source: ModelSource, family: Family, spec: ModelSpec, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The tensors of `spec.tensors()` out of a checkpoint's, and how many bytes had to be copied for it.
+
+    Every tensor of the checkpoint is used, or known not to be needed. Raises BadFile naming one that is missing, too
+    many or of another shape, in the checkpoint's own spelling.
+    """
+    wanted = list(spec.tensors())
+    parts = {name: (rows, tensor) for tensor in wanted for name, rows in tensor.parts}
+    spelled = _spelled(source, family, spec, parts)
+    ready: dict[str, torch.Tensor] = {}
+    copied = 0
+    for tensor in wanted:
+        pieces = []
+        for name, rows in tensor.parts:
+            shape = (rows, *tensor.shape[1:])
+            if tuple(source.shape(spelled[name])) != shape:
+                raise BadFile(
+                    source.path,
+                    f"tensor {spelled[name]!r} has shape {list(source.shape(spelled[name]))}, "
+                    f"the config asks for {list(shape)}",
+                )
+            pieces.append(tensors[spelled[name]])
+        whole = pieces[0] if len(pieces) == 1 else _adjoining(pieces, tensor.shape)
+        if whole is None:
+            whole = torch.cat(pieces)
+            copied += whole.nbytes
+        ready[tensor.name] = whole
+    return ready, copied
+
+
+def _spelled(
+    source: ModelSource, family: Family, spec: ModelSpec, parts: Mapping[str, tuple[int, TensorSpec]]
+) -> dict[str, str]:
+    """Our name of each part -> the checkpoint's name of it."""
+    spelled: dict[str, str] = {}
+    for name in source.tensor_names():
+        ours = family.rename(name)
+        # A tied checkpoint may store the head again; it is the embedding.
+        if ours is None or (ours == "head.weight" and spec.tied):
+            continue
+        if ours not in parts:
+            raise BadFile(source.path, f"tensor {name!r} is not one that this {family.name} model has")
+        if ours in spelled:
+            raise BadFile(source.path, f"tensors {spelled[ours]!r} and {name!r} are the same part of the model")
+        spelled[ours] = name
+    for ours, (_, tensor) in parts.items():
+        if ours not in spelled:
+            close = nearest(ours, spelled)
+            raise BadFile(
+                source.path,
+                f"the tensor for {ours!r} {list(tensor.shape)} is missing"
+                + (f"; the nearest that is there is {spelled[close]!r}" if close else ""),
+            )
+    return spelled
+
+
+def _adjoining(pieces: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor | None:
+    """One view over tensors that follow each other in the same memory, or None."""
+    first = pieces[0]
+    address = first.data_ptr()
+    for piece in pieces:
+        if not piece.is_contiguous() or piece.data_ptr() != address:
+            return None
+        if piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        address += piece.nbytes
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return first.as_strided(shape, strides)
