@@ -18,6 +18,17 @@ MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
 
 
+def _integer(param: str, got: object, low: int, high: int) -> None:
+    if not isinstance(got, int) or isinstance(got, bool) or not low <= got <= high:
+        raise BadRequest(param, got, f"an integer from {low} to {high}")
+
+
+def _number(param: str, got: object, low: float, high: float, above: bool = False) -> None:
+    fine = isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got)
+    if not fine or not low <= got <= high or (above and got == low):  # type: ignore[operator]
+        raise BadRequest(param, got, f"a number {'above' if above else 'from'} {low:g} to {high:g}")
+
+
 class Kind(enum.Enum):
     """GENERATE samples tokens; SCORE computes the prompt's logprobs only; EMBED returns a vector."""
 
@@ -242,14 +253,3 @@ class Request:
             raise BadRequest(
                 "adapter", self.adapter, ", ".join(sorted(limits.adapters)) or "none: no adapter is loaded"
             )
-
-
-def _integer(param: str, got: object, low: int, high: int) -> None:
-    if not isinstance(got, int) or isinstance(got, bool) or not low <= got <= high:
-        raise BadRequest(param, got, f"an integer from {low} to {high}")
-
-
-def _number(param: str, got: object, low: float, high: float, above: bool = False) -> None:
-    fine = isinstance(got, int | float) and not isinstance(got, bool) and math.isfinite(got)
-    if not fine or not low <= got <= high or (above and got == low):  # type: ignore[operator]
-        raise BadRequest(param, got, f"a number {'above' if above else 'from'} {low:g} to {high:g}")

@@ -84,8 +84,13 @@ class Engine:
 
     # -- requests
 
+    def num_outputs(self, request: Request) -> int:
+        """How many outputs a request will have. Raises BadRequest or ConfigError when it can never be served."""
+        request.check(self.limits)
+        return self._make_method(request.decode or self.decode).num_outputs(request)
+
     def submit(self, request: Request, sink: Sink) -> None:
-        """Takes a request; `sink` gets its chunks. Raises BadRequest when this engine can never serve it."""
+        """Takes a request; `sink` gets its chunks. Raises BadRequest or ConfigError when it can never be served."""
         request.check(self.limits)
         choice = request.decode or self.decode
         method = self._make_method(choice)

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from millstream.core.client import Chunk, Load
-from millstream.core.errors import EngineClosed, RequestFault
+from millstream.core.errors import EngineClosed
 from millstream.core.request import Request
+from millstream.core.sequence import Finish
 from millstream.engine.engine import Engine, Sink
 
 _log = logging.getLogger("millstream.engine")
@@ -39,14 +40,15 @@ class EngineThread:
         return next(self._ids)
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Raises BadRequest at once; everything later reaches the sink as a chunk with an error."""
-        request.check(self.engine.limits)
+        """Raises BadRequest at once; what fails later reaches the sink as a chunk with an error for each output."""
+        outputs = self.engine.num_outputs(request)
 
         def take() -> None:
             try:
                 self.engine.submit(request, sink)
             except Exception as error:
-                sink(_failed(request, error))
+                for index in range(outputs):
+                    sink(Chunk(request.id, index, finish=Finish.ERROR, error=str(error)))
 
         self._post(take)
 
@@ -151,10 +153,7 @@ class AsyncEngine:
             while finished < outputs:
                 chunk = await queue.get()
                 finished += chunk.finish is not None
-                if chunk.index < outputs:
-                    yield chunk
-                if chunk.error is not None and chunk.index < 0:
-                    raise RequestFault(chunk.error)
+                yield chunk
         finally:
             if finished < outputs:
                 self.thread.abort(request.id)

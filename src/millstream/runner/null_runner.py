@@ -85,9 +85,11 @@ class NullRunner:
         for token in tokens:
             if token in self.fail:
                 return Settled(extend.seq, 0, fault=self.fail[token])
-        chain = _START
+        # The first group keeps everything: what the others hold is checked against its chain.
+        before = chain = None
         for group, holding in zip(self.groups, extend.holdings, strict=True):
-            chain = self._write(group, holding, extend.start, tokens)
+            before, chain = self._write(group, holding, extend.start, tokens, before)
+        assert chain is not None
         settled: tuple[int, ...] = ()
         logprobs: tuple[TokenLogprobs, ...] = ()
         if extend.sample is not None:
@@ -98,7 +100,9 @@ class NullRunner:
             scores = tuple(TokenLogprobs(Logprob(token, -float(token % 7), 1)) for token in extend.score.targets)
         return Settled(extend.seq, len(tokens), settled, logprobs, scores)
 
-    def _write(self, group: CacheGroup, holding: Holding, start: int, tokens: list[int]) -> int:
+    def _write(
+        self, group: CacheGroup, holding: Holding, start: int, tokens: list[int], before: int | None
+    ) -> tuple[int, int]:
         assert holding.group == group.name and holding.tier is Tier.DEVICE
         assert holding.length >= start + len(tokens), "a token without a slot"
         first = 0
@@ -111,12 +115,11 @@ class NullRunner:
             assert slot is not None, f"{group.name}: position {position} is not held"
             held, token, known = slot
             assert held == position, f"{group.name}: slot of position {position} holds {held}"
-            assert chain is None or known == mix(chain, token), (
-                f"{group.name}: {position} is of another prefix"
-            )
+            assert chain is None or known == mix(chain, token), f"{group.name}: {position} is of another prefix"
             chain = known
-        assert chain is not None or start == 0
-        running = _START if chain is None else chain
+        chain = before if chain is None else chain
+        assert chain is not None and before in (None, chain), f"{group.name}: holds another prefix"
+        running = chain
         for position, token in enumerate(tokens, start):
             running = mix(running, token)
             block = holding.blocks[position // self.block_size]
@@ -126,7 +129,7 @@ class NullRunner:
                 token,
                 running,
             )
-        return running
+        return chain, running
 
     def _read(self, holding: Holding, position: int) -> _Slot | None:
         block = holding.blocks[position // self.block_size]
