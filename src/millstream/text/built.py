@@ -48,8 +48,8 @@ def cached(
 ) -> Tokenizer:
     """The tokenizer kept under `key` in `cache_dir`, else the one that `build` gives, which is then kept.
 
-    `refresh` brings facts that are cheap to know (ids of BOS and EOS, templates) up to date with the model file. A cache
-    that cannot be written costs time at the next start and nothing else.
+    `refresh` brings facts that are cheap to know (ids of BOS and EOS, templates) up to date with the model file. A
+    cache that cannot be written costs time at the next start and nothing else.
     """
     if cache_dir is None:
         spec, facts = build()

@@ -48,8 +48,9 @@ class TokenBytesStream:
 class Detokenizer:
     """Incremental decoding of one sequence.
 
-    The pieces of `push` and `finish`, joined, equal the decoding of all ids at once, however the ids are cut. A character
-    whose bytes have not all come is held back; bytes that can no longer become a character turn into U+FFFD.
+    The pieces of `push` and `finish`, joined, equal the decoding of all ids at once, however the ids are cut. A
+    character whose bytes have not all come is held back; bytes that can no longer become a character turn into
+    U+FFFD.
     """
 
     __slots__ = ("_bytes", "_decoder")

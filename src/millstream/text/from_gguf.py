@@ -1,8 +1,8 @@
 """A tokenizer from the metadata of a GGUF file.
 
-Two kinds exist. "gpt2" is byte-level BPE: the file gives merges, and names the pre-tokenizer (how text is cut into words
-first) by a short name. "llama" is SentencePiece BPE: the file gives a score for each piece, and any two neighbours whose
-join is a piece may merge, the best score first.
+Two kinds exist. "gpt2" is byte-level BPE: the file gives merges, and names the pre-tokenizer (how text is cut into
+words first) by a short name. "llama" is SentencePiece BPE: the file gives a score for each piece, and any two
+neighbours whose join is a piece may merge, the best score first.
 
 Token types (GGUF's numbers): 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
 """
@@ -79,10 +79,10 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that GGUF `metadata` describes.
 
-    `cache_dir` keeps the finished tokenizer under `key` (the model file's checksum; without one the vocabulary is hashed,
-    which takes longer); with both, a warm load does not touch the token arrays. `path` names the file in errors.
-    Raises BadFile for metadata that is damaged or contradicts itself, Unsupported for a kind or a pre-tokenizer that this
-    build does not know.
+    `cache_dir` keeps the finished tokenizer under `key` (the model file's checksum; without one the vocabulary is
+    hashed, which takes longer); with both, a warm load does not touch the token arrays. `path` names the file in
+    errors. Raises BadFile for metadata that is damaged or contradicts itself, Unsupported for a kind or a
+    pre-tokenizer that this build does not know.
     """
     source = _Metadata(metadata, path)
     source.check_kind()
@@ -160,7 +160,9 @@ class _Metadata:
 
     def byte_level(self, tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
         vocab = {
-            token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind not in (CONTROL, UNKNOWN)
+            token: i
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind not in (CONTROL, UNKNOWN)
         }
         merges: list[tuple[str, str]] = []
         known = frozenset(vocab)
@@ -198,7 +200,7 @@ class _Metadata:
                 continue
             if kind == BYTE and not BYTE_TOKEN.fullmatch(token):
                 raise BadFile(self.path, f"token {i} is a byte token, but is spelled {token!r}, not like '<0x0A>'")
-            # Files write the spaces of user-defined tokens as spaces, while text is matched with the mark in their place.
+            # Files write a user-defined token's spaces as spaces, while text is matched with the mark in their place.
             spelled = token.replace(" ", SPACE_MARK) if kind == USER_DEFINED else token
             if spelled in vocab:
                 raise BadFile(self.path, f"tokens {vocab[spelled]} and {i} are both {spelled!r}")
@@ -244,7 +246,9 @@ class _Metadata:
         found: dict[str, str] = {}
         prefix = "tokenizer.chat_template"
         for key in self.metadata:
-            name = "default" if key == prefix else key.removeprefix(prefix + ".") if key.startswith(prefix + ".") else ""
+            name = (
+                "default" if key == prefix else key.removeprefix(prefix + ".") if key.startswith(prefix + ".") else ""
+            )
             if name:
                 value = self.metadata[key]
                 if not isinstance(value, str):
@@ -278,7 +282,7 @@ class _Metadata:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
         if value is None and not required:
             return None
-        if hasattr(value, "tolist"):
+        if value is not None and hasattr(value, "tolist"):
             value = value.tolist()
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             raise BadFile(self.path, f"tokenizer.ggml.{name} is " + ("missing" if value is None else "not an array"))
@@ -331,10 +335,10 @@ class _Metadata:
 def derive_merges(pieces: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merges, best first, that make rank-ordered BPE cut text as SentencePiece's score-ordered BPE does.
 
-    SentencePiece may join any two neighbours whose join is a piece. Of the many ways to cut one piece in two, at most one
-    is ever met: until the last join no merge crosses the piece's border, so the steps inside it do not depend on what is
-    around it, and replaying them on the piece alone shows which pair comes last. For Gemma's 255,474 normal pieces this
-    leaves 236,246 merges of 513,511, and the finished tokenizer loads in two thirds of the time.
+    SentencePiece may join any two neighbours whose join is a piece. Of the many ways to cut one piece in two, at most
+    one is ever met: until the last join no merge crosses the piece's border, so the steps inside it do not depend on
+    what is around it, and replaying them on the piece alone shows which pair comes last. For Gemma's 255,474 normal
+    pieces this leaves 236,246 merges of 513,511, and the finished tokenizer loads in two thirds of the time.
     """
     order = sorted(range(len(pieces)), key=lambda i: (-scores[i], i))
     # The rank is the score's, not the piece's: equal scores merge leftmost first.

@@ -10,9 +10,9 @@ from typing import Protocol, runtime_checkable
 class TokenBytes(Protocol):
     """Id -> bytes. All that the engine knows of text.
 
-    `size` ids from 0 to size - 1 exist; each has bytes (perhaps none), which never change. `special_ids` are the control
-    tokens: they are marks for the model and no part of an answer, though `token_bytes` gives their spelling too.
-    The bytes of a sequence are the bytes of its tokens, one after the other. Safe to call from several threads.
+    `size` ids from 0 to size - 1 exist; each has bytes (perhaps none), which never change. `special_ids` are the
+    control tokens: they are marks for the model and no part of an answer, though `token_bytes` gives their spelling
+    too. The bytes of a sequence are the bytes of its tokens, one after the other. Safe to call from several threads.
     """
 
     @property

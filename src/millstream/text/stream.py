@@ -20,12 +20,13 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 class StreamText:
     """Ids of one output -> text that is safe to show.
 
-    The pieces of `push` and `finish`, joined, are `text`, and equal what decoding all ids and then cutting at the first
-    stop string gives. Stop strings are looked for in the bytes of the text, so one may lie across tokens and characters.
-    Control tokens are no part of the text, so none completes or breaks a stop string while `skip_special` holds.
+    The pieces of `push` and `finish`, joined, are `text`, and equal what decoding all ids and then cutting at the
+    first stop string gives. Stop strings are looked for in the bytes of the text, so one may lie across tokens and
+    characters. Control tokens are no part of the text, so none completes or breaks a stop string while `skip_special`
+    holds.
 
-    `continuation` (the default, for an output follows a prompt) keeps a leading space also where the tokenizer would put
-    one before every text.
+    `continuation` (the default, for an output follows a prompt) keeps a leading space also where the tokenizer would
+    put one before every text.
     """
 
     def __init__(

@@ -41,7 +41,8 @@ class Facts:
 
     `spelling` says how tokens are written: "byte-level" (GPT-2's printable alphabet of bytes) or "sentencepiece"
     (U+2581 for a space, <0xXX> for a byte). `prefix` says before which pieces of text a space is put: none, the first
-    if it begins the text, or each one that follows a control token. `strip_prefix`: decoding takes that space off again.
+    if it begins the text, or each one that follows a control token. `strip_prefix`: decoding takes that space off
+    again.
     """
 
     size: int

@@ -1,7 +1,7 @@
 """The vocabulary as the engine sees it: id -> bytes, and which ids are control tokens.
 
-The engine knows no text. Stop strings and grammars work on the bytes that a token stands for, so a token that is half of
-a character is as good as any other.
+The engine knows no text. Stop strings and grammars work on the bytes that a token stands for, so a token that is half
+of a character is as good as any other.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from millstream.core.errors import BadRequest
 class Vocabulary:
     """Id -> bytes, computed when first asked for.
 
-    `lookup(id)` returns the bytes of one id in 0..size-1; it is called at most once an id. A vocabulary of 262,144 tokens
-    therefore costs nothing at start-up.
+    `lookup(id)` returns the bytes of one id in 0..size-1; it is called at most once an id. A vocabulary of 262,144
+    tokens therefore costs nothing at start-up.
     """
 
     __slots__ = ("_bytes", "_lookup", "size", "special_ids")
