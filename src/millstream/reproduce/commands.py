@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from millstream.config.load import data_dir
 from millstream.core import registry
 from millstream.core.errors import ConfigError, UnknownName
 from millstream.reproduce import ledger
@@ -49,7 +50,7 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
 def papers_command(json: bool = False) -> int:
     """Prints all papers with their state. Returns the exit status."""
-    standings = ledger.standings()
+    standings = ledger.standings(ledger.RECORDS, ledger.SOURCE_ROOT)
     if json:
         rows = [
             {
@@ -103,7 +104,8 @@ def reproduce_command(
     """Runs an experiment and prints its record; writes it when asked to. Returns the exit status.
 
     0 when the verdict is works or partly, 1 when it is failed or void, 2 when the paper has no experiment yet.
-    `data` is the folder of public data sets. Raises UnknownName, ConfigError, and what the experiment raises.
+    `data` is the folder of public data sets, by default the configured one.
+    Raises UnknownName, ConfigError, and what the experiment raises.
     """
     paper = _paper(name)
     name = paper.name if paper else name
@@ -116,8 +118,9 @@ def reproduce_command(
     from millstream.reproduce import harness
 
     experiment = registry.make("experiment", name)
+    data = data_dir() if data is None else data
     with _progress(experiment.title) as progress:
-        result = harness.run(experiment, quick=quick, data=data, progress=progress)
+        result = harness.run(experiment, quick=quick, data=data, progress=progress, root=ledger.SOURCE_ROOT)
     notes: list[str] = []
     if destination is not None:
         ledger.write(result, destination)
@@ -187,7 +190,7 @@ def _paper(name: str) -> Paper | None:
 
 
 def _not_built(paper: Paper, json: bool) -> int:
-    state = ledger.standing(paper).state
+    state = ledger.standing(paper, ledger.RECORDS, ledger.SOURCE_ROOT).state
     built = [name for name in registry.names("experiment")]
     text = (
         f"paper {paper.number} ({paper.name}: {paper.short}) has no experiment yet; its state is '{state}'; "
@@ -212,7 +215,7 @@ def _destination(name: str, quick: bool, record: bool, out: Path | None) -> Path
     if not (ledger.SOURCE_ROOT.parent / "pyproject.toml").is_file():
         raise ConfigError("--record writes into a source tree, and this is an installed package; use --out FILE")
     if quick:
-        earlier = ledger.latest(name)
+        earlier = ledger.latest(name, ledger.RECORDS)
         if earlier is not None and not earlier.quick:
             raise ConfigError(f"--quick --record would replace the full record of {name!r}; use --out FILE")
     return ledger.RECORDS / f"{name}.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,11 +37,15 @@ class Paper:
 
     @property
     def switch(self) -> str:
-        """How a user turns it on: "point:name" of its plug-ins, or "-" while there is none."""
-        found = [f"`{where.point}: {where.card.name}`" for where in plugin_cards() if where.card.paper == self.number]
+        """How a user turns it on: the config keys of its plug-ins, or "-" while there is none.
+
+        A plug-in whose point no config key names is given as "point: name".
+        """
+        found = [where.switch for where in plugin_cards() if where.card.paper == self.number]
+        parts = ", ".join(f"`{switch}`" for switch in found)
         if self.built_in:
-            found.insert(0, self.built_in)
-        return ", ".join(found) or "-"
+            return f"{self.built_in} ({parts})" if parts else self.built_in
+        return parts or "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,22 @@ class PlacedCard:
 
     point: str
     card: Card
+
+    @property
+    def switch(self) -> str:
+        key = SWITCHES.get(self.point)
+        return f"{key}={self.card.name}" if key else f"{self.point}: {self.card.name}"
+
+
+# The config key that picks a plug-in of a point, as in `--set sched.policies=fcfs`.
+SWITCHES: Mapping[str, str] = {
+    "policy": "sched.policies",
+    "meter": "sched.meters",
+    "prefix": "cache.prefix",
+    "kv": "cache.kv",
+    "decode": "decode",
+    "attention": "runner.attention",
+}
 
 
 PAPERS: tuple[Paper, ...] = (
@@ -129,7 +149,7 @@ PAPERS: tuple[Paper, ...] = (
         "PagedAttention",
         "Efficient Memory Management for Large Language Model Serving with PagedAttention",
         "memory, sched",
-        built_in="always on",
+        built_in="on by default",
     ),
     Paper(
         12,
@@ -174,7 +194,7 @@ PAPERS: tuple[Paper, ...] = (
         "FastGen Dynamic SplitFuse",
         "DeepSpeed-FastGen: High-throughput Text Generation for LLMs via MII and DeepSpeed-Inference",
         "sched",
-        built_in="always on",
+        built_in="on by default",
     ),
     Paper(
         20,

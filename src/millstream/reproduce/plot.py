@@ -62,11 +62,12 @@ def plot(record: Record, stem: Path) -> tuple[Path, Path]:
 
 def _panel(panel: Any, record: Record, metric: MetricRecord) -> None:
     arms = [arm for arm in record.arms if metric.name in arm.metrics]
-    order = [arm.name for arm in record.arms]
     top = max(arm.metrics[metric.name].high for arm in arms)
-    for row, arm in enumerate(arms):
-        place = order.index(arm.name)
-        colour = BASELINE if place == 0 else COLOURS[(place - 1) % len(COLOURS)]
+    for row, arm in enumerate(record.arms):
+        if metric.name not in arm.metrics:
+            panel.annotate("not measured", (0, row), xytext=(5, 0), textcoords="offset points", va="center")
+            continue
+        colour = BASELINE if row == 0 else COLOURS[(row - 1) % len(COLOURS)]
         taken = arm.metrics[metric.name]
         panel.barh(row, taken.median, height=0.62, color=colour, alpha=0.45)
         count = len(taken.values)
@@ -84,7 +85,7 @@ def _panel(panel: Any, record: Record, metric: MetricRecord) -> None:
         if level is not None:
             panel.axvline(level, color=LINE, linestyle="--", linewidth=1.1, zorder=2)
             panel.annotate(
-                "required",
+                f"required of {_technique(record, need)}",
                 (level, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 2),
@@ -94,7 +95,8 @@ def _panel(panel: Any, record: Record, metric: MetricRecord) -> None:
                 ha="center",
             )
             top = max(top, level)
-    panel.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    panel.set_yticks(range(len(record.arms)), [arm.name for arm in record.arms])
+    panel.set_ylim(-0.5, len(record.arms) - 0.5)
     panel.invert_yaxis()
     panel.set_xlim(right=top * 1.22 if top > 0 else None)
     arrow = {"lower": " (lower is better)", "higher": " (higher is better)"}.get(metric.better, "")
@@ -113,11 +115,17 @@ def _level(record: Record, need: RequiredRecord, metric: str) -> float | None:
     if need.of.metric != metric or need.over.metric != metric:
         return None
     medians = {arm.name: arm.metrics[metric].median for arm in record.arms if metric in arm.metrics}
-    order = [arm.name for arm in record.arms]
     # "baseline / technique >= 2" asks the technique to come down to half of the baseline.
-    if order.index(need.of.arm) < order.index(need.over.arm):
+    if _technique(record, need) == need.over.arm:
         return medians[need.of.arm] / bound if bound else None
     return medians[need.over.arm] * bound
+
+
+def _technique(record: Record, need: RequiredRecord) -> str:
+    """The arm that a row asks something of: of two, the one that the experiment lists later."""
+    order = [arm.name for arm in record.arms]
+    sides = [need.of.arm] if need.over is None else [need.of.arm, need.over.arm]
+    return max(sides, key=order.index)
 
 
 def _matplotlib() -> Any:
