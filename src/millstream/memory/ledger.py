@@ -320,14 +320,12 @@ class Ledger:
         """Each (seq, source, length): `seq` gives up what it holds and shares the source's first `length` tokens.
 
         All at once: sources are read as they were before, so that the beams of a group may change places freely. A
-        `seq` may hold nothing, and may be its own source. Blocks that were claimed ahead are given up.
+        `seq` may hold nothing or be swapped out, and may be its own source. Blocks claimed ahead are given up.
         """
         if len({seq.id for seq, _, _ in assign}) != len(assign):
             raise BlockFault("a sequence is given two sources at once")
         for seq, source, length in assign:
             self._shareable(source, length)
-            if self._is_swapped(seq):
-                raise BlockFault(f"sequence {seq.id} takes over blocks, but it is swapped out")
         fresh: list[tuple[Sequence, dict[str, Holding], _Held]] = []
         for seq, source, length in assign:
             held = self._held.get(source.id)
@@ -362,7 +360,11 @@ class Ledger:
         current = max((holding.length for holding in seq.holdings.values()), default=0)
         if length >= current:
             return
-        if length == 0 and (held.swapped or not held.reserved or any(held.dropped.values())):
+        if length == 0 and held.swapped:
+            seq.holdings = {name: Holding(name, (), 0, Tier.HOST) for name in self._pools}
+            held.dropped = dict.fromkeys(self._pools, 0)
+            return
+        if length == 0 and (not held.reserved or any(held.dropped.values())):
             self._give_up(seq)
             return
         self._reaches(seq, held, length)
