@@ -60,7 +60,7 @@ def page(folder: Path = ledger.RECORDS, root: Path = ledger.SOURCE_ROOT) -> str:
         out += ["## Measurements", ""]
         for one in measured:
             if one.record is not None:
-                out += _section(one, one.record)
+                out += _section(one, one.record, root.parent)
     extra = [name for name in built if name not in {paper.name for paper in PAPERS}]
     if extra:
         out += ["## Experiments that are not of one paper", ""]
@@ -117,7 +117,7 @@ def _range(figure: FigureRecord | Figure) -> str:
     return f"{figure.low:g}{unit}" if figure.high is None else f"{figure.low:g} to {figure.high:g}{unit}"
 
 
-def _section(one: Standing, record: Record) -> list[str]:
+def _section(one: Standing, record: Record, tree: Path) -> list[str]:
     quick = ", quick run" if record.quick else ""
     repeats = len(record.order)
     machine = record.machine
@@ -137,6 +137,9 @@ def _section(one: Standing, record: Record) -> list[str]:
         reason = f" ({_cell(row.reason)})" if row.reason else ""
         out.append(f"| {_cell(row.text)} | {value} | {row.outcome}{reason} |")
     out += ["", f"The paper: {_cell(record.claim)}", ""]
+    picture = Path("plots") / f"{record.name}.svg"
+    if (tree / PAGE.parent / picture).is_file():
+        out += [f"![medians and repeats of {record.name}]({picture.as_posix()})", ""]
     return out
 
 

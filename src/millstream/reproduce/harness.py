@@ -25,6 +25,8 @@ from typing import Literal
 from millstream.core.errors import ConfigError
 from millstream.reproduce import machine
 from millstream.reproduce.ledger import (
+    MIN_QUICK_REPEATS,
+    MIN_REPEATS,
     SCHEMA,
     SOURCE_ROOT,
     ArmRecord,
@@ -76,8 +78,9 @@ def run(
     audit(experiment)
     declared = experiment.quick_repeats if quick else experiment.repeats
     num_repeats = declared if repeats is None else repeats
-    if num_repeats < (3 if quick else 5):
-        raise ConfigError(f"repeats: got {num_repeats}, allowed is at least {3 if quick else 5}")
+    fewest = MIN_QUICK_REPEATS if quick else MIN_REPEATS
+    if num_repeats < fewest:
+        raise ConfigError(f"repeats: got {num_repeats}, allowed is at least {fewest}")
     tell = progress or (lambda tick: None)
     files = hash_files(experiment.files(), root)
     load_before = machine.load()

@@ -24,6 +24,8 @@ from millstream.reproduce.machine import Machine, without_private
 from millstream.reproduce.papers import PAPERS, Paper
 
 SCHEMA = 1
+MIN_REPEATS = 5
+MIN_QUICK_REPEATS = 3
 
 SOURCE_ROOT = Path(millstream.__file__).resolve().parent.parent
 """The folder that holds the package: names of files in records are relative to it."""
@@ -244,7 +246,21 @@ def standing(paper: Paper, folder: Path = RECORDS, root: Path = SOURCE_ROOT) -> 
         return Standing(paper, "failed", day, why or record.verdict, record)
     if record.quick:
         return Standing(paper, "not yet", day, "only a quick run is recorded", record)
+    if record.verdict == "works" and not supports_works(record):
+        return Standing(paper, "failed", day, "the record says works, but its own rows do not", record)
     return Standing(paper, "works" if record.verdict == "works" else "partly", day, why, record)
+
+
+def supports_works(record: Record) -> bool:
+    """Whether a record's rows bear out the verdict 'works': a word alone does not make one."""
+    return (
+        not record.quick
+        and len(record.order) >= MIN_REPEATS
+        and bool(record.checks)
+        and all(check.passed for check in record.checks)
+        and any(row.outcome == "passed" for row in record.required)
+        and all(row.outcome in ("passed", "elsewhere") for row in record.required)
+    )
 
 
 def standings(folder: Path = RECORDS, root: Path = SOURCE_ROOT) -> tuple[Standing, ...]:

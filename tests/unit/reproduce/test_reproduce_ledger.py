@@ -70,6 +70,13 @@ def test_a_quick_record_never_works(tree: Path, record: ledger.Record) -> None:
     assert standing(tree, dataclasses.replace(record, quick=True, verdict="failed")).state == "failed"
 
 
+def test_the_word_works_alone_does_not_make_one(tree: Path, record: ledger.Record) -> None:
+    failed = tuple(dataclasses.replace(row, outcome="failed") for row in record.required)
+    wrong = tuple(dataclasses.replace(row, passed=False) for row in record.checks)
+    for edited in ({"required": failed}, {"checks": wrong}, {"checks": ()}, {"order": record.order[:4]}):
+        assert standing(tree, dataclasses.replace(record, **edited)).state == "failed"
+
+
 def test_a_changed_file_is_stale_and_a_restored_one_is_not(tree: Path, record: ledger.Record) -> None:
     assert standing(tree, record).state == "works"
     source = tree / "technique.py"
