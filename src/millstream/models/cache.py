@@ -112,10 +112,9 @@ def _cached(source: GgufSource, dtype: torch.dtype) -> Mapping[str, torch.Tensor
 def _write(source: GgufSource, dtype: torch.dtype, folder: Path) -> None:
     import torch
 
-    names = source.tensor_names()
     entries: dict[str, dict[str, Any]] = {}
     end = 0
-    for name in names:
+    for name in _side_by_side(source.tensor_names()):
         shape = source.shape(name)
         nbytes = dtype.itemsize
         for d in shape:
@@ -156,6 +155,20 @@ def _write(source: GgufSource, dtype: torch.dtype, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+# Projections of one input lie one after the other, so that whoever stacks them into one matrix need not copy.
+_NEIGHBOURS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1, "w1": 0, "w3": 1}
+
+
+def _side_by_side(names: list[str]) -> list[str]:
+    """The names in their order, except that those of one block and kind come together, projections in stacking order."""
+    groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        block, _, part = module.rpartition(".")
+        groups.setdefault((block, kind), []).append((_NEIGHBOURS.get(part, len(_NEIGHBOURS)), name))
+    return [name for group in groups.values() for _, name in sorted(group, key=lambda ranked: ranked[0])]
 
 
 def _edges(data: memoryview) -> int:

@@ -98,6 +98,8 @@ class GgufModel:
                 + (f"; the nearest known is {close!r}" if close else "")
                 + f"; known are {', '.join(ARCHS)}"
             )
+        if file.metadata.get("split.count", 0) not in (0, 1):
+            raise Unsupported(f"{file.path} is one part of a split model; merge the parts first (llama-gguf-split --merge)")
         self.config = self._config()
         self.pieces = self._pieces()
         self.generation_config = self._generation_config()
