@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 
 from millstream.core.errors import BadFile
 from millstream.models.blocks.attention import Attention, StepContext
@@ -23,6 +22,7 @@ from millstream.models.blocks.mlp import Mlp, Moe
 from millstream.models.blocks.norm import Norm
 from millstream.models.blocks.rope import Rotary
 from millstream.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RopeSpec, dtype_bytes
+from millstream.ops.ref.linear import embedding, softcap
 
 __all__ = ["Decoder", "DecoderLayer", "StepContext", "build"]
 
@@ -68,22 +68,19 @@ class Decoder:
     def __init__(
         self,
         spec: ModelSpec,
-        embedding: torch.Tensor,
+        weight: torch.Tensor,
         layers: list[DecoderLayer],
         final_norm: Norm,
         head: Linear,
     ) -> None:
         self.spec, self.layers = spec, layers
-        self.dtype = embedding.dtype
-        self._embedding, self._final_norm, self._head = embedding, final_norm, head
-        # Rounded to the model's dtype, as the families that have a scale were trained.
-        scale = spec.embed_scale
-        self._embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype).item()
+        self.dtype = weight.dtype
+        self._embedding, self._final_norm, self._head = weight, final_norm, head
+        self._embed_scale = 1.0 if spec.embed_scale is None else spec.embed_scale
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (T,) integer -> (T, C)."""
-        x = F.embedding(tokens, self._embedding)
-        return x if self._embed_scale is None else x.mul_(self._embed_scale)
+        return embedding(tokens, self._embedding, self._embed_scale)
 
     def run_layers(self, x: torch.Tensor, lo: int, hi: int, step: StepContext) -> torch.Tensor:
         """The residual stream (T, C) through the layers [lo, hi)."""
@@ -103,7 +100,7 @@ class Decoder:
         """Logits (rows, V) float32 of the rows asked, from the residual stream (rows, C): final norm included."""
         logits = self._head(self._final_norm(x)).float()
         cap = self.spec.logit_softcap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        return logits if cap is None else softcap(logits, cap)
 
 
 def build(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: str | torch.dtype = "float32") -> Decoder:
@@ -116,13 +113,14 @@ def build(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: str | tor
     dtype_bytes(name)
     of_dtype: torch.dtype = getattr(torch, name)
     held = _checked(spec, tensors, of_dtype)
+    device = held["embed.weight"].device.type
     rotaries: dict[RopeSpec, Rotary] = {}
     layers = []
     for index, (layer, place) in enumerate(zip(spec.layers, spec.group_layers, strict=True)):
         stem = f"layers.{index}"
         rope = layer.mixer.rope
         if rope is not None and rope not in rotaries:
-            rotaries[rope] = Rotary(rope)
+            rotaries[rope] = Rotary(rope, layer.mixer.head_dim, of_dtype, device)
         norms = {part: Norm(norm, held[f"{stem}.{part}.weight"]) for part, norm in layer.norms()}
         mixer = Attention(
             layer.mixer,
@@ -137,33 +135,35 @@ def build(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: str | tor
             DecoderLayer(
                 layer,
                 mixer,
-                _channel(layer.channel, held, stem),
+                _channel(layer.channel, held, stem, of_dtype, device),
                 norms["mixer_norm"],
                 norms["channel_norm"],
                 norms.get("mixer_post_norm"),
                 norms.get("channel_post_norm"),
             )
         )
-    embedding = held["embed.weight"]
-    head = linear(spec.head, {"head.weight": embedding} if spec.tied else held, "head")
-    return Decoder(spec, embedding, layers, Norm(spec.final_norm, held["final_norm.weight"]), head)
+    weight = held["embed.weight"]
+    head = linear(spec.head, {"head.weight": weight} if spec.tied else held, "head")
+    return Decoder(spec, weight, layers, Norm(spec.final_norm, held["final_norm.weight"]), head)
 
 
-def _channel(spec: MlpSpec | MoeSpec, tensors: Mapping[str, torch.Tensor], stem: str) -> Mlp | Moe:
+def _channel(
+    spec: MlpSpec | MoeSpec, tensors: Mapping[str, torch.Tensor], stem: str, dtype: torch.dtype, device: str
+) -> Mlp | Moe:
+    def mlp(of: MlpSpec, name: str) -> Mlp:
+        gate_up, down = linear(of.gate_up, tensors, f"{name}.gate_up"), linear(of.down, tensors, f"{name}.down")
+        return Mlp(of, gate_up, down, dtype, device)
+
     if isinstance(spec, MlpSpec):
-        return _mlp(spec, tensors, f"{stem}.mlp")
+        return mlp(spec, f"{stem}.mlp")
     moe = f"{stem}.moe"
     return Moe(
         spec,
         linear(spec.router, tensors, f"{moe}.router"),
-        [_mlp(spec.expert, tensors, f"{moe}.experts.{index}") for index in range(spec.num_experts)],
-        None if spec.shared is None else _mlp(spec.shared, tensors, f"{moe}.shared"),
+        [mlp(spec.expert, f"{moe}.experts.{index}") for index in range(spec.num_experts)],
+        None if spec.shared is None else mlp(spec.shared, f"{moe}.shared"),
         None if spec.shared_gate is None else linear(spec.shared_gate, tensors, f"{moe}.shared_gate"),
     )
-
-
-def _mlp(spec: MlpSpec, tensors: Mapping[str, torch.Tensor], name: str) -> Mlp:
-    return Mlp(spec, linear(spec.gate_up, tensors, f"{name}.gate_up"), linear(spec.down, tensors, f"{name}.down"))
 
 
 def _checked(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from millstream.core.errors import ConfigError
 from millstream.core.registry import Card
 from millstream.formats.weights.protocol import Packed
+from millstream.ops.ref.linear import linear
 
 CARD = Card("dense", "Weights as they are: float32, bfloat16 or float16.")
 
@@ -45,7 +45,7 @@ class Dense:
         return packed["weight"]
 
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
-        return F.linear(x, packed.parts["weight"], packed.parts.get("bias"))
+        return linear(x, packed.parts["weight"], packed.parts.get("bias"))
 
 
 PLUGIN = Dense

@@ -13,7 +13,7 @@ import torch
 
 from millstream.models.blocks.linear import Linear
 from millstream.models.blocks.norm import Norm
-from millstream.models.blocks.rope import Rotary, rotate
+from millstream.models.blocks.rope import Rotary
 from millstream.models.spec import AttentionSpec
 from millstream.ops.attention.protocol import AttentionBackend, Pages
 from millstream.ops.layout import BatchLayout
@@ -94,8 +94,8 @@ class Attention:
         if self.rotary is not None:
             angles = step.angles.get(self.rotary)
             if angles is None:
-                angles = step.angles[self.rotary] = self.rotary.angles(step.layout.positions, x.dtype)
-            qk = rotate(qk, *angles)
+                angles = step.angles[self.rotary] = self.rotary.angles(step.layout.positions)
+            qk = self.rotary.apply(qk, *angles)
         return qk[:, :heads], qk[:, heads:], v
 
     def __call__(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
