@@ -37,8 +37,8 @@ def moe_route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Router logits (T, E) -> weights (T, top_k) float32 and expert ids (T, top_k) int64, likeliest first.
 
-    `softmax_first` takes probabilities over all experts, and `normalize` makes the chosen ones sum to 1 (Qwen, Mixtral);
-    otherwise the softmax runs over the chosen logits only. Equal logits go to the lower id.
+    `softmax_first` takes probabilities over all experts, and `normalize` makes the chosen ones sum to 1 (Mixtral,
+    Qwen); otherwise the softmax runs over the chosen logits only. Equal logits go to the lower id.
     """
     logits = logits.float()
     # A stable sort, not topk: which of equal experts wins must not depend on the batch.

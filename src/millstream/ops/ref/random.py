@@ -7,8 +7,8 @@ draw) is absorbed by h = mix((h xor w) + 0x9e3779b97f4a7c15), where
             z = (z xor (z >> 27)) * 0x94d049bb133111eb
             z xor (z >> 31)
 
-which is the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014). The number is (h >> 11) * 2^-53: 53 bits, exact in
-a double. `draw` tells apart several numbers asked for one position.
+which is the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014). The number is (h >> 11) * 2^-53: 53 bits, exact
+in a double. `draw` tells apart several numbers asked for one position. `ops/cases/random.py` has known answers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from millstream.ops.cases import Case, Table
+from millstream.ops.ref.kv import kv_write
+
+
+def exact(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    k_pages, v_pages = k_pages.clone(), v_pages.clone()
+    size = v_pages.shape[2]
+    for t, slot in enumerate(slots.tolist()):
+        for head in range(k.shape[1] if slot >= 0 else 0):
+            k_pages[slot // size, head, :, slot % size] = k[t, head].to(k_pages.dtype)
+            v_pages[slot // size, head, slot % size, :] = v[t, head].to(v_pages.dtype)
+    return k_pages.double(), v_pages.double()
+
+
+def outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    k_pages, v_pages, *rest = args
+    k_pages, v_pages = k_pages.clone(), v_pages.clone()
+    function(k_pages, v_pages, *rest)
+    return k_pages, v_pages
+
+
+def written(
+    tokens: int, heads: int, dim: int, size: int, order: str, dtype: torch.dtype = torch.float32, strided: bool = False
+) -> Callable[[torch.Generator], tuple[Any, ...]]:
+    """`order` of the slots: run (neighbours), scatter (random, distinct), holes (some negative)."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        blocks = tokens // size + 3
+        k_pages = torch.randn(blocks, heads, dim, size, generator=generator).to(dtype)
+        v_pages = torch.randn(blocks, heads, size, dim, generator=generator).to(dtype)
+        if order == "run":
+            slots = torch.arange(size // 2, size // 2 + tokens)
+        else:
+            slots = torch.randperm(blocks * size, generator=generator)[:tokens]
+        if order == "holes":
+            slots[::3] = -1
+        qkv = torch.randn(tokens, 3 * heads, dim, generator=generator)
+        # Keys and values usually come as slices of one product, with its strides.
+        k, v = qkv[:, heads : 2 * heads], qkv[:, 2 * heads :]
+        return k_pages, v_pages, slots, *((k, v) if strided else (k.contiguous(), v.contiguous()))
+
+    return make
+
+
+TABLES = (
+    Table(
+        kv_write,
+        (
+            Case("one token", written(1, 3, 64, 64, "run"), 0.0),
+            Case("no token", written(0, 3, 64, 64, "run"), 0.0),
+            Case("a run over several blocks", written(150, 3, 64, 64, "run", strided=True), 0.0),
+            Case("a decode step", written(33, 3, 64, 16, "scatter", strided=True), 0.0),
+            Case("slots passed over", written(40, 2, 72, 48, "holes"), 0.0),
+            Case("odd sizes", written(9, 1, 7, 5, "run"), 0.0),
+            Case("wide head, many tokens", written(300, 1, 256, 64, "run"), 0.0),
+            Case("bfloat16", written(70, 3, 64, 64, "scatter", torch.bfloat16, True), 0.0),
+        ),
+        exact,
+        outcome,
+    ),
+)
