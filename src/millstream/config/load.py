@@ -122,7 +122,7 @@ def tree_of(config: Any) -> Any:
 
 
 def parse_bytes(value: int | str, where: str) -> int:
-    """"4GiB", "512MB" or a number of bytes. Raises ConfigError."""
+    """ "4GiB", "512MB" or a number of bytes. Raises ConfigError."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value <= 0:
             raise ConfigError(f"{where}: got {value}, allowed is a positive number of bytes")
@@ -181,5 +181,7 @@ def _spell(options: Sequence[Any]) -> str:
         elif dataclasses.is_dataclass(option):
             names.append("a table")
         else:
-            names.append({int: "an integer", str: "text", float: "a number", type(None): "null"}.get(option, str(option)))
+            names.append(
+                {int: "an integer", str: "text", float: "a number", type(None): "null"}.get(option, str(option))
+            )
     return " or ".join(names)

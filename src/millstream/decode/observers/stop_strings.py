@@ -29,7 +29,7 @@ class StopStrings:
                 continue
             match = self._matcher.push(self._vocabulary.token_bytes(token))
             if match is not None:
-                return Halt(match.text)
+                return Halt(match.stop if isinstance(match.stop, str) else match.stop.decode(errors="replace"))
         return None
 
 

@@ -1,0 +1,45 @@
+"""All rules that span several settings. One place, so that a wrong combination is told before anything is loaded."""
+
+from __future__ import annotations
+
+from millstream.config.schema import EngineConfig
+from millstream.core import registry
+from millstream.core.errors import ConfigError, UnknownName
+from millstream.core.registry import Card, Choice
+
+DTYPES = ("float32", "bfloat16")
+PREEMPTION = ("recompute", "swap")
+
+
+def check(config: EngineConfig) -> None:
+    """Raises ConfigError or UnknownName for a plug-in that does not exist and for settings that do not go together."""
+    if config.model.dtype not in DTYPES:
+        raise UnknownName("dtype (model.dtype)", config.model.dtype, DTYPES)
+    if config.sched.preemption not in PREEMPTION:
+        raise UnknownName("preemption (sched.preemption)", config.sched.preemption, PREEMPTION)
+    if not config.sched.policies:
+        raise ConfigError("sched.policies is empty; the plainest order is fcfs")
+    chosen: dict[str, Card] = {}
+    for point, choice in choices(config):
+        chosen[f"{point}:{choice.name}"] = registry.card(point, choice.name)
+        registry.options(point, choice)
+    if config.sched.meters != "auto" and not any(
+        getattr(registry.get("meter", choice.name), "relieved_by_preemption", False) for choice in config.sched.meters
+    ):
+        raise ConfigError("sched.meters has none that keeps account of KV blocks, such as kv-blocks")
+    for name, card in chosen.items():
+        for need in card.needs:
+            if need not in chosen:
+                raise ConfigError(f"{name} needs {need}, which is not chosen")
+        for enemy in card.conflicts:
+            if enemy in chosen:
+                raise ConfigError(f"{name} and {enemy} do not go together")
+
+
+def choices(config: EngineConfig) -> list[tuple[str, Choice]]:
+    """Every plug-in that a config names, with its point."""
+    found = [("kv", config.cache.kv), ("prefix", config.cache.prefix), ("decode", config.decode)]
+    found += [("policy", choice) for choice in config.sched.policies]
+    if config.sched.meters != "auto":
+        found += [("meter", choice) for choice in config.sched.meters]
+    return found

@@ -1,0 +1,326 @@
+"""The offline API: a model in this process, its engine on a background thread.
+
+llm = LLM("smollm2-135m")
+for out in llm.generate(["The capital of France is"], SamplingParams(max_tokens=20)):
+    print(out.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from millstream.config.load import build, merge, read_file
+from millstream.config.schema import EngineConfig
+from millstream.core.client import Chunk
+from millstream.core.errors import BadRequest, RequestFault
+from millstream.core.events import Event
+from millstream.core.registry import Choice
+from millstream.core.request import Kind, Request, SamplingParams, Tokens
+from millstream.engine.assemble import Assembled, assemble
+from millstream.engine.outputs import OutputBuilder, RequestOutput, ScoreOutput
+from millstream.engine.thread import AsyncEngine, EngineThread
+from millstream.text.chat import ChatTemplate, encode_chat, template_of
+from millstream.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+Progress = Callable[[RequestOutput], None]
+
+
+def engine_config(config: EngineConfig | Mapping[str, Any] | str | Path | None, **options: Any) -> EngineConfig:
+    """A config from a file, a tree or nothing, with options over it. `dtype` and `max_context` are the model's.
+
+    Raises ConfigError for keys that do not exist, naming the nearest.
+    """
+    if isinstance(config, EngineConfig):
+        if not options:
+            return config
+        from millstream.config.load import tree_of
+
+        tree: Mapping[str, Any] = tree_of(config)
+    elif isinstance(config, str | Path):
+        tree = read_file(config)
+    else:
+        tree = config or {}
+    short = {key: options.pop(key) for key in ("dtype", "max_context") if key in options}
+    return build(EngineConfig, merge(tree, options, {"model": short} if short else {}))
+
+
+class _Front:
+    """What the offline and the async API share: prompts in, requests out."""
+
+    def __init__(
+        self,
+        model: str,
+        config: EngineConfig | Mapping[str, Any] | str | Path | None = None,
+        *,
+        listeners: Sequence[Callable[[Event], None]] = (),
+        progress: Any = None,
+        notice: Any = None,
+        **options: Any,
+    ) -> None:
+        self.assembled: Assembled = assemble(
+            model, engine_config(config, **options), listeners=listeners, progress=progress, notice=notice
+        )
+        self.model = model
+        self.thread = EngineThread(self.assembled.engine)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.assembled.tokenizer
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def get_default_sampling_params(self, **over: Any) -> SamplingParams:
+        """What the model's generation_config asks for, with `over` put over it."""
+        given = self.assembled.source.generation_config
+        known = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        defaults = {name: given[name] for name in known if given.get(name) is not None}
+        if given.get("do_sample") is False:
+            defaults["temperature"] = 0.0
+        return SamplingParams(**{**defaults, **over})
+
+    def prompt_ids(self, prompt: Prompt, param: str = "prompt") -> tuple[str | None, list[int]]:
+        """A prompt's text, where it has one, and its ids. Raises BadRequest naming `param`."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+            if not ids:
+                raise BadRequest(param, prompt, "a text of at least one token")
+            return prompt, ids
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), self.prompt_ids(prompt["prompt_token_ids"], param)[1]
+            if isinstance(prompt.get("prompt"), str):
+                return self.prompt_ids(prompt["prompt"], param)
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | str):
+            if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+                raise BadRequest(param, prompt, "token ids, all integers")
+            return None, [int(token) for token in prompt]
+        raise BadRequest(param, prompt, "a text, a list of token ids, or {'prompt_token_ids': [...]}")
+
+    def chat_ids(
+        self, messages: Messages, chat_template: str | None = None, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> list[int]:
+        """The ids of a chat by the model's own template, or by `chat_template`."""
+        tokenizer = self.tokenizer
+        template = template_of(tokenizer) if chat_template is None else ChatTemplate(chat_template)
+        return encode_chat(tokenizer, template, messages, add_generation_prompt=add_generation_prompt, **kwargs)
+
+    def request(self, ids: Sequence[int], params: SamplingParams, **given: Any) -> Request:
+        return Request(
+            self.thread.new_id(),
+            (Tokens(tuple(ids)),),
+            params,
+            arrival=self.assembled.engine.clock.now(),
+            **given,
+        )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the whole run so far: most sequences at once, forward passes, prefix hits and what the runner counted."""
+        engine = self.assembled.engine
+        counters = self.assembled.built.runner.counters
+        return {
+            "max_running": engine.max_running,
+            "steps": engine.num_steps,
+            "forward_passes": counters.forwards,
+            "computed_tokens": counters.tokens,
+            "forward_s": counters.busy_s,
+            **{name: float(value) for name, value in engine.scheduler.ledger.stats().items()},
+        }
+
+
+class LLM(_Front):
+    """A model to call from ordinary code. Options are those of the config tree, for example
+    `LLM("smollm2-135m", max_context=2048, cache={"bytes": "1GiB"}, sched={"policies": ["fcfs"]})`.
+
+    Raises UnknownModel, ModelError, ConfigError or DownloadError.
+    """
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Progress | None = None,
+        **given: Any,
+    ) -> list[RequestOutput]:
+        """Outputs in the order of the prompts, which run together. One prompt or many; one SamplingParams or one each.
+
+        `progress` is called with each request as it finishes. Raises BadRequest, naming the prompt, before anything
+        runs. A request that fails in the engine has finish_reason "error" and says why in `error`.
+        """
+        many = self._many(prompts)
+        prepared = [self.prompt_ids(prompt, f"prompts[{i}]") for i, prompt in enumerate(many)]
+        return self._run(prepared, self._params(sampling_params, len(many)), progress, given)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        progress: Progress | None = None,
+        **given: Any,
+    ) -> list[RequestOutput]:
+        """Answers to one chat (a list of messages) or several. Raises BadRequest, also for a model without template."""
+        chats: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prepared = [(None, self.chat_ids(chat, chat_template, add_generation_prompt)) for chat in chats]
+        return self._run(prepared, self._params(sampling_params, len(chats)), progress, given)
+
+    def score(self, texts: Prompt | Sequence[Prompt], *, top: int = 0) -> list[ScoreOutput]:
+        """How likely each text is: prefill only, nothing is generated. `top` alternatives are given a position."""
+        many = self._many(texts)
+        prepared = [self.prompt_ids(text, f"texts[{i}]") for i, text in enumerate(many)]
+        params = SamplingParams(max_tokens=1, prompt_logprobs=top)
+        outputs = self._run(prepared, [params] * len(many), None, {"kind": Kind.SCORE})
+        scored = []
+        for out in outputs:
+            if out.outputs[0].error is not None:
+                raise RequestFault(out.outputs[0].error)
+            positions = out.prompt_logprobs or [None]
+            ids = out.prompt_token_ids
+            total = sum(entry[token].logprob for token, entry in zip(ids, positions, strict=True) if entry is not None)
+            count = len(ids) - 1
+            perplexity = math.exp(-total / count) if count else math.nan
+            scored.append(ScoreOutput(out.prompt, ids, positions, total, count, perplexity))
+        return scored
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        beam_width: int = 4,
+        max_tokens: int = 16,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        ignore_eos: bool = False,
+    ) -> list[RequestOutput]:
+        """The `beam_width` best continuations of each prompt, best first, over forks of the KV."""
+        choice = Choice(
+            "beam", {"width": beam_width, "length_penalty": length_penalty, "early_stopping": early_stopping}
+        )
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=ignore_eos)
+        many = self._many(prompts)
+        prepared = [self.prompt_ids(prompt, f"prompts[{i}]") for i, prompt in enumerate(many)]
+        return self._run(prepared, [params] * len(many), None, {"decode": choice})
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None, **given: Any) -> Iterator[str]:
+        """The text of one output as it comes. Leaving early aborts the request. Raises RequestFault when it fails."""
+        text, ids = self.prompt_ids(prompt)
+        params = sampling_params or self.get_default_sampling_params()
+        request = self.request(ids, params, **given)
+        if self.assembled.engine.num_outputs(request) != 1:
+            raise BadRequest("n", params.n, "1 when streaming")
+        builder = OutputBuilder(request.id, text, ids, params, 1, self.tokenizer)
+        chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self.thread.submit(request, chunks.put)
+        done = False
+        try:
+            while not done:
+                chunk = chunks.get()
+                done = chunk.finish is not None
+                if piece := builder.add(chunk):
+                    yield piece
+                if chunk.error is not None:
+                    raise RequestFault(chunk.error)
+        finally:
+            if not done:
+                self.thread.abort(request.id)
+
+    def close(self) -> None:
+        self.thread.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @staticmethod
+    def _many(prompts: Any) -> Sequence[Any]:
+        if isinstance(prompts, str | Mapping):
+            return [prompts]
+        if not isinstance(prompts, Sequence):
+            raise BadRequest("prompts", prompts, "a prompt or a list of prompts")
+        if prompts and isinstance(prompts[0], int):
+            return [prompts]
+        return prompts
+
+    def _params(self, given: Any, count: int) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise BadRequest("sampling_params", f"{len(given)} of them", f"one, or one for each of {count} prompts")
+        return list(given)
+
+    def _run(
+        self,
+        prepared: Sequence[tuple[str | None, list[int]]],
+        params: Sequence[SamplingParams],
+        progress: Progress | None,
+        given: Mapping[str, Any],
+    ) -> list[RequestOutput]:
+        engine = self.assembled.engine
+        builders: dict[int, OutputBuilder] = {}
+        requests = []
+        for place, ((text, ids), own) in enumerate(zip(prepared, params, strict=True)):
+            request = self.request(ids, own, **given)
+            try:
+                count = engine.num_outputs(request)
+            except BadRequest as error:
+                raise BadRequest(f"prompts[{place}]: {error.param}", error.got, error.allowed) from None
+            builders[request.id] = OutputBuilder(request.id, text, ids, own, count, self.tokenizer)
+            requests.append(request)
+        chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        unfinished = set(builders)
+        try:
+            for request in requests:
+                self.thread.submit(request, chunks.put)
+            while unfinished:
+                chunk = chunks.get()
+                builder = builders[chunk.request_id]
+                builder.add(chunk)
+                if builder.output.finished:
+                    unfinished.discard(chunk.request_id)
+                    if progress is not None:
+                        progress(builder.output)
+        finally:
+            for request_id in unfinished:
+                self.thread.abort(request_id)
+        return [builders[request.id].output for request in requests]
+
+
+class AsyncLLM(_Front):
+    """The same model for an event loop; `client` is the EngineClient beneath."""
+
+    def __init__(self, model: str, config: Any = None, **options: Any) -> None:
+        super().__init__(model, config, **options)
+        self.client = AsyncEngine(self.thread)
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **given: Any
+    ) -> AsyncIterator[RequestOutput]:
+        """The output so far, each time it grew; the last one has `finished`. Leaving early aborts the request."""
+        text, ids = self.prompt_ids(prompt)
+        params = sampling_params or self.get_default_sampling_params()
+        request = self.request(ids, params, **given)
+        count = self.assembled.engine.num_outputs(request)
+        builder = OutputBuilder(request.id, text, ids, params, count, self.tokenizer)
+        async for chunk in self.client.submit(request):
+            builder.add(chunk)
+            yield builder.output
+
+    async def close(self) -> None:
+        await self.client.close()

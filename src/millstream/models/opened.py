@@ -1,0 +1,42 @@
+"""A model by name: its files, its spec and its tokenizer, opened without reading a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from millstream.config.load import home
+from millstream.core.errors import BadFile
+from millstream.models import store
+from millstream.models.families.protocol import find_family
+from millstream.models.source import ModelSource, open_source
+from millstream.models.spec import ModelSpec
+from millstream.text import from_folder, from_gguf
+from millstream.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """`spec` is named by the id that the model was asked for."""
+
+    source: ModelSource
+    spec: ModelSpec
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises BadFile and Unsupported."""
+        if self.source.metadata:
+            kept = home() / "tokenizers"
+            return from_gguf.load_tokenizer(self.source.metadata, kept, self.source.checksum(), path=self.source.path)
+        return from_folder.load_folder_tokenizer(self.source.path, home() / "tokenizers")
+
+
+def open_model(name: str, progress: Any = None, notice: Any = None) -> Opened:
+    """Finds (or downloads) a model and reads its headers. Raises UnknownModel, DownloadError, BadFile, Unsupported."""
+    path: Path = store.resolve(name, progress=progress, notice=notice)
+    source = open_source(path, name)
+    try:
+        spec = find_family(source.config).spec(source.config)
+    except BadFile as error:
+        raise BadFile(source.path, error.what) from error
+    return Opened(source, replace(spec, name=source.id))
