@@ -86,7 +86,7 @@ class OutputBuilder:
         ids: Sequence[int],
         params: SamplingParams,
         count: int,
-        tok: Tokenizer,
+        tokenizer: Tokenizer,
     ) -> None:
         self.output = RequestOutput(request_id, prompt, list(ids), [CompletionOutput(i) for i in range(count)])
         self._params, self._tokenizer = params, tokenizer

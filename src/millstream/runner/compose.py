@@ -1,4 +1,4 @@
-"""The computing side put together: a model's files -> a TorchRunner. Reached by name, so that planners need no torch."""
+"""The computing side put together: a model's files -> a TorchRunner. Reached by name: planners need no torch."""
 
 from __future__ import annotations
 
