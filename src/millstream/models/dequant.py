@@ -79,16 +79,21 @@ def _plain(data: Tensor, stored: torch.dtype) -> Tensor:
     return data.view(stored)
 
 
+def _compact(part: Tensor) -> Tensor:
+    """A copy without gaps, at an address that wider types can be read from. (`contiguous` leaves a lone row as it is.)"""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 def _halves(blocks: Tensor, at: int) -> Tensor:
     """The half-precision number at byte `at` of each block, as float32 [n, 1]."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    return _compact(blocks[:, at : at + 2]).view(torch.float16).float()
 
 
 def _nibbles(packed: Tensor) -> Tensor:
     """[n, g, w] bytes -> [n, g, 2, w]: the low halves of a group, then its high halves."""
     n, g, w = packed.shape
     # Eight bytes at a time: torch's shifts on bytes are several times slower than on words.
-    words = packed.contiguous().view(torch.int64)
+    words = _compact(packed).view(torch.int64)
     out = torch.empty(n, g, 2, w // 8, dtype=torch.int64)
     torch.bitwise_and(words, _LOW_NIBBLES, out=out[:, :, 0])
     torch.bitwise_and(words >> 4, _LOW_NIBBLES, out=out[:, :, 1])
@@ -157,7 +162,7 @@ def _q5_k(blocks: Tensor, out: Tensor) -> None:
     groups = out.view(-1, 8, 32)
     scale, minimum = _six_bit_scales(blocks)
     q = _nibbles(blocks[:, 48:].view(-1, 4, 32)).view(groups.shape)
-    high = blocks[:, 16:48].contiguous().view(torch.int64)
+    high = _compact(blocks[:, 16:48]).view(torch.int64)
     q = q.view(torch.int64)
     for group in range(8):
         q[:, group] |= (high >> group & _LOW_BITS) << 4
@@ -169,7 +174,7 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
     groups = out.view(-1, 16, 16)
     # Half a block is 64 low bytes: their low halves are values 0..63, their high halves 64..127.
     q = _nibbles(blocks[:, :128].view(-1, 2, 64)).view(-1, 2, 4, 32).view(torch.int64)
-    high = blocks[:, 128:192].contiguous().view(torch.int64).view(-1, 2, 4)
+    high = _compact(blocks[:, 128:192]).view(torch.int64).view(-1, 2, 4)
     for quarter in range(4):
         q[:, :, quarter] |= (high >> (2 * quarter) & _LOW_PAIRS) << 4
     scale = _halves(blocks, 208) * blocks[:, 192:208].view(torch.int8)

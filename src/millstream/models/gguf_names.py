@@ -99,7 +99,9 @@ class GgufModel:
                 + f"; known are {', '.join(ARCHS)}"
             )
         if file.metadata.get("split.count", 0) not in (0, 1):
-            raise Unsupported(f"{file.path} is one part of a split model; merge the parts first (llama-gguf-split --merge)")
+            raise Unsupported(
+                f"{file.path} is one part of a split model; merge the parts first (llama-gguf-split --merge)"
+            )
         self.config = self._config()
         self.pieces = self._pieces()
         self.generation_config = self._generation_config()
@@ -473,8 +475,7 @@ def llama3_factors(theta: float, half: int, factor: float, low: float, high: flo
 
 def shortest(value: float) -> float:
     """The shortest decimal that is the same number in float32: 1e-05 for 9.999999747378752e-06."""
-    if not math.isfinite(value) or value == int(value):
-        return float(value)
+    value = float(value)
     try:
         single = struct.pack("<f", value)
     except OverflowError:
