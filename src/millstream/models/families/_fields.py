@@ -172,7 +172,7 @@ class Fields:
         if kind not in SCALINGS:
             raise self.unsupported(f"{name}.rope_type", kind, f"one of {', '.join(SCALINGS)}")
         inner.known("rope_type", "type", "rope_theta", "partial_rotary_factor")
-        theta = self._number("rope_theta", found.get("rope_theta") or default_theta, 0.0)
+        theta = inner.optional("rope_theta") or self._number("rope_theta", default_theta, 0.0)
         if found.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise self.unsupported(f"{name}.partial_rotary_factor", found["partial_rotary_factor"], "1")
         if head_dim % 2:
