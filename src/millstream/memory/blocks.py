@@ -66,18 +66,23 @@ class BlockPool:
         """The lowest `count` free blocks with ids in a row, one reference each; None when there is no such run."""
         if count <= 0:
             return ()
-        run = 0
-        for block in range(self.num_blocks):
-            run = run + 1 if self._refs[block] == 0 else 0
-            if run == count:
-                break
-        else:
+        first = self.find_run(count)
+        if first is None:
             return None
-        taken = range(block - count + 1, block + 1)
+        taken = range(first, first + count)
         for one in taken:
             self._refs[one] = 1
         self._free = [one for one in self._free if self._refs[one] == 0]
         return tuple(taken)
+
+    def find_run(self, count: int) -> int | None:
+        """Where the lowest `count` free blocks with ids in a row begin; None when there is no such run. Takes none."""
+        run = 0
+        for block in range(self.num_blocks):
+            run = run + 1 if self._refs[block] == 0 else 0
+            if run >= count:
+                return block - count + 1
+        return None
 
     def share(self, block: int) -> None:
         """One more reference to a block that somebody holds."""
