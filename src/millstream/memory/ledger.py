@@ -330,7 +330,7 @@ class Ledger:
         """
         if len({seq.id for seq, _, _ in assign}) != len(assign):
             raise BlockFault("a sequence is given two sources at once")
-        for seq, source, length in assign:
+        for _, source, length in assign:
             self._shareable(source, length)
         fresh: list[tuple[Sequence, dict[str, Holding], _Held]] = []
         for seq, source, length in assign:

@@ -1,4 +1,4 @@
-"""The ledger, the radix index and the host tier against a memory of hashes, under any order of what a scheduler does."""
+"""Ledger, radix index and host tier against a memory of hashes, in any order of what a scheduler does."""
 
 from __future__ import annotations
 
