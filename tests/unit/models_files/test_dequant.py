@@ -95,7 +95,9 @@ def test_bytes_that_do_not_fill_the_shape_are_refused() -> None:
         dequantize(bytearray(34), "Q8_0", (33,))
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m", pytest.param("qwen2.5-coder-1.5b", marks=pytest.mark.large)])
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", "gemma3-270m", pytest.param("qwen2.5-coder-1.5b", marks=pytest.mark.large)]
+)
 def test_real_tensors_give_the_reference_bits(name: str, real_model: Callable[[str], Path]) -> None:
     file = read_gguf(real_model(name))
     seen: dict[str, int] = {}

@@ -225,7 +225,9 @@ def seed_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return tiny_llama(tmp_path_factory.mktemp("seed") / "a.gguf", np.random.default_rng(1))[0].read_bytes()
 
 
-LIAR = st.sampled_from([0, 1, 3, 4, 5, 7, 8, 9, 12, 255, 256, 65536, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1])
+LIAR = st.sampled_from(
+    [0, 1, 3, 4, 5, 7, 8, 9, 12, 255, 256, 65536, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1]
+)
 
 
 @settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -148,7 +148,12 @@ def test_a_file_that_lies_is_refused_by_name(lie: str, tmp_path: Path) -> None:
 @settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mutated_file_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
-    header = {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry([2, 3], 8, 20, "BF16"), "c": entry([1], 20, 24)}
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a": entry(),
+        "b": entry([2, 3], 8, 20, "BF16"),
+        "c": entry([1], 20, 24),
+    }
     content = bytearray(build(header, bytes(24)))
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(content) - 1))
