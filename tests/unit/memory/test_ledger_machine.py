@@ -282,9 +282,8 @@ class LedgerMachine(RuleBasedStateMachine):
         if contiguous:
             one.seq.state = State.RUNNING
             for holding in one.seq.holdings.values():
-                assert holding.blocks == tuple(range(holding.blocks[0], holding.blocks[0] + len(holding.blocks))) or (
-                    not more
-                )
+                first = min(holding.blocks, default=0)
+                assert holding.blocks == tuple(range(first, first + len(holding.blocks)))
         assert self.ledger.room(one.seq, more) == more
 
     @rule(data=st.data(), remember=st.booleans())
