@@ -63,10 +63,12 @@ def drive(
     requests: Sequence[Request],
     clients: int | None = None,
     after_step: Callable[[], None] | None = None,
+    keep: Callable[[Chunk], None] | None = None,
 ) -> Drive:
     """Runs `requests` to their ends. Without `clients` each is sent at its own `arrival`; ids must differ.
 
-    `after_step` is called after every step (its time is not counted in `step_s`). Raises what `Engine.submit` raises.
+    `after_step` is called after every step (its time is not in `step_s`), `keep` with every chunk. Raises what
+    `Engine.submit` raises.
     """
     start = time.perf_counter()
     offset = engine.clock.now()
@@ -78,6 +80,8 @@ def drive(
 
     def sink(chunk: Chunk) -> None:
         now = time.perf_counter() - start
+        if keep is not None:
+            keep(chunk)
         timeline = timelines[(chunk.request_id, chunk.index)]
         tokens = chunk.tokens if chunk.replaced is None else chunk.replaced
         timeline.tokens += tokens

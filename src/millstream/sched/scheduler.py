@@ -62,6 +62,18 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can be launched now."""
+        extends = self._fill(now)
+        while not extends and (idle := self._idle_holder(now)) is not None:
+            self._preempt(idle, now)
+            extends = self._fill(now)
+        moves = self.ledger.drain_moves()
+        if not extends and not moves:
+            return None
+        forgotten, self._forgotten = tuple(self._forgotten), []
+        return StepPlan(next(self._plan_ids), tuple(extends), moves, forgotten=forgotten)
+
+    def _fill(self, now: float) -> list[Extend]:
+        """One pass over everybody, the first in rank first."""
         view = self._view(now)
         for meter in self.meters:
             meter.begin(view)
@@ -107,11 +119,19 @@ class Scheduler:
                 seq.stamps.admitted = now
                 self.observe(Admitted(now, seq.view, seq.cached))
             extends.append(self._take(seq, n, now))
-        moves = self.ledger.drain_moves()
-        if not extends and not moves:
+        return extends
+
+    def _idle_holder(self, now: float) -> Sequence | None:
+        """The last that holds blocks at a gate, once nothing moves any more although somebody could go on.
+
+        What it waits for may be the very sequence that needs its blocks (a beam waits for its siblings).
+        """
+        live = self.live.values()
+        if any(seq.plans_in_flight for seq in live) or not any(not seq.gates and seq.left > 0 for seq in live):
             return None
-        forgotten, self._forgotten = tuple(self._forgotten), []
-        return StepPlan(next(self._plan_ids), tuple(extends), moves, forgotten=forgotten)
+        view = self._view(now)
+        holders = [seq for seq in live if seq.gates and seq.state is State.RUNNING]
+        return max(holders, key=lambda seq: self.policy.rank(seq.view, view), default=None)
 
     def _view(self, now: float) -> LoadView:
         waiting = [seq.view for seq in self.live.values() if seq.state is not State.RUNNING]
