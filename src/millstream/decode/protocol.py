@@ -56,6 +56,10 @@ class DecodeMethod(Protocol):
 
     def accept(self, seq: Sequence, settled: Settled, hands: Hands) -> Accepted: ...
 
+    def lost(self, seq: Sequence, hands: Hands) -> None:
+        """A sequence just ended by a fault. Siblings that waited for it must not wait on."""
+        ...
+
 
 class LogitRule(Protocol):
     """Device half: changes the logits of the rows that ask for it, in place, before a token is chosen."""

@@ -92,6 +92,8 @@ class Engine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Takes a request; `sink` gets its chunks. Raises BadRequest or ConfigError when it can never be served."""
         request.check(self.limits)
+        if request.id in self._groups:
+            raise BadRequest("id", request.id, "an id that no request inside has")
         choice = request.decode or self.decode
         method = self._make_method(choice)
         count = method.num_sequences(request)
@@ -191,9 +193,12 @@ class Engine:
                 continue  # it ended while this row was in flight
             try:
                 self._settle_row(seq, extend, settled, seq.epoch == epoch, now)
-            except MillstreamError as error:
-                seq.error = str(error)
-                self._finish(seq, Finish.ERROR, None)
+            except Exception as error:
+                # An observer or a decode method that fails ends the request that it was made for.
+                if seq.finished:
+                    raise
+                own = isinstance(error, MillstreamError)
+                self._fault(seq, str(error) if own else f"{type(error).__name__}: {error}")
         plan = flight.plan
         self._tell(
             Stepped(
@@ -215,8 +220,7 @@ class Engine:
         if extend.sample is not None:
             seq.pending -= 1
         if settled.fault is not None:
-            seq.error = settled.fault
-            self._finish(seq, Finish.ERROR, None)
+            self._fault(seq, settled.fault)
             return
         if current:
             seq.in_flight -= count
@@ -266,7 +270,7 @@ class Engine:
         if reason is None:
             prompt_logprobs = None
             if seq.num_output == len(taken) and seq.request.params.prompt_logprobs is not None:
-                prompt_logprobs = tuple(seq.prompt_logprobs)
+                prompt_logprobs = tuple(seq.prompt_logprobs or [None] * seq.num_prompt)
             group.sink(Chunk(seq.request.id, seq.index, tuple(taken), kept, prompt_logprobs, usage=self._usage(seq)))
         else:
             self._finish(seq, reason, stop_reason, tuple(taken), kept)
@@ -298,7 +302,8 @@ class Engine:
     # -- what decode methods may do (Hands)
 
     def siblings(self, seq: Sequence) -> Seq[Sequence]:
-        return self._groups[seq.request.id].seqs
+        group = self._groups.get(seq.request.id)
+        return group.seqs if group is not None else [seq]
 
     def permute(self, assign: Seq[tuple[Sequence, Sequence, int]]) -> None:
         now = self.clock.now()
@@ -325,6 +330,11 @@ class Engine:
             self._finish(seq, reason, stop_reason, replaced=None if output is None else tuple(output))
 
     # -- endings
+
+    def _fault(self, seq: Sequence, error: str) -> None:
+        seq.error = error
+        self._finish(seq, Finish.ERROR, None)
+        seq.method.lost(seq, self)
 
     def _finish(
         self,
@@ -361,7 +371,8 @@ class Engine:
             preemptions=seq.preemptions,
         )
         prompt_logprobs = None
-        if seq.request.params.prompt_logprobs is not None and seq.num_output == len(tokens):
+        first = seq.num_output == len(tokens) or replaced is not None
+        if seq.request.params.prompt_logprobs is not None and first:
             prompt_logprobs = tuple(seq.prompt_logprobs or [None] * seq.num_prompt)
         group.sink(
             Chunk(

@@ -81,6 +81,8 @@ class NullRunner:
         self._slots.clear()
 
     def _settle(self, extend: Extend) -> Settled:
+        if FROM_PREVIOUS in extend.tokens and extend.seq not in self._last:
+            return Settled(extend.seq, 0, fault="the plan before gave no token to go on from")
         tokens = [self._last[extend.seq] if token == FROM_PREVIOUS else token for token in extend.tokens]
         for token in tokens:
             if token in self.fail:

@@ -40,5 +40,8 @@ class Autoregressive:
     def accept(self, seq: Sequence, settled: Settled, hands: Hands) -> Accepted:
         return Accepted(settled.tokens, settled.logprobs)
 
+    def lost(self, seq: Sequence, hands: Hands) -> None:
+        pass
+
 
 PLUGIN = Autoregressive

@@ -39,11 +39,13 @@ class Beam:
         return self.config.width
 
     def want(self, seq: Sequence) -> int:
-        return seq.left
+        # Which token comes next is known only when all beams have settled, so none is computed ahead.
+        return 0 if seq.pending else seq.left
 
     def ask(self, seq: Sequence, stop: int) -> SampleAsk | None:
-        # Twice the width beyond the stop tokens: enough are left to go on whatever ends.
-        return SampleAsk(_GREEDY, seq.seed, seq.index, stop, seq.num_prompt, top_logprobs=2 * self.config.width)
+        # Whatever ends, enough are left for this beam alone to fill the next step.
+        most = self.config.width + len(seq.stop_ids)
+        return SampleAsk(_GREEDY, seq.seed, seq.index, stop, seq.num_prompt, top_logprobs=most)
 
     def accept(self, seq: Sequence, settled: Settled, hands: Hands) -> Accepted:
         search = self._searches.setdefault(seq.request.id, _Search())
@@ -60,6 +62,13 @@ class Beam:
             if all(beam.finished for beam in beams):
                 del self._searches[seq.request.id]
         return Accepted(())
+
+    def lost(self, seq: Sequence, hands: Hands) -> None:
+        # Without one beam the others would be another search than the one that was asked for.
+        for beam in hands.siblings(seq):
+            if not beam.finished:
+                beam.error = seq.error
+                hands.finish(beam, Finish.ERROR)
 
     def _advance(self, search: _Search, beams: list[Sequence], hands: Hands) -> None:
         width, params = self.config.width, beams[0].request.params
@@ -104,7 +113,8 @@ class Beam:
             return False
         if self.config.early_stopping:
             return True
-        # Logprobs only fall, so the best live beam at its present length bounds what can still come.
+        # Whether the best live beam, at its present length, still beats the worst that would be given out. With a
+        # length penalty above 0 a longer output could yet do better: the usual estimate, not a bound.
         worst = sorted((entry[0] for entry in search.ended), reverse=True)[self.config.width - 1]
         return self._norm(going[0][0], search.steps) <= worst
 
