@@ -6,7 +6,9 @@ Shapes: T new tokens of all rows, H query heads, K kv heads, D head dimension, L
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,7 +32,7 @@ class AttentionCase:
 
     @property
     def scale(self) -> float:
-        return self.dim**-0.5
+        return 1.0 / math.sqrt(self.dim)
 
     def inputs(self) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """q (T, H, D) and for each row k, v (L, K, D), float32 but exactly representable in the page dtype."""
@@ -67,8 +69,8 @@ class AttentionCase:
         return torch.stack(outs).view(shape), torch.stack(lses).view(shape[:2])
 
 
-GEMMA = {"heads": 4, "kv_heads": 1, "dim": 256}
-QWEN = {"heads": 12, "kv_heads": 2, "dim": 128}
+GEMMA: dict[str, Any] = {"heads": 4, "kv_heads": 1, "dim": 256}
+QWEN: dict[str, Any] = {"heads": 12, "kv_heads": 2, "dim": 128}
 
 CASES = (
     AttentionCase("first token", ((1, 1),)),

@@ -84,6 +84,15 @@ inline Vec exp_of(Vec x) {
 
 inline float exp_of(float x) { return exp_of(splat(x))[0]; }
 
+// Folds sixteen lanes in a fixed order: halves upon each other.
+template <class F> inline float fold(Vec v, F f) {
+  float x[LANES];
+  std::memcpy(x, &v, sizeof v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] = f(x[i], x[i + half]);
+  return x[0];
+}
+
 inline Vec tanh_of(Vec x) {
   const Vec size = x < 0.0f ? -x : x;
   const Vec z = x * x;
@@ -407,8 +416,7 @@ template <class E> struct Attention {
       Width16::store(s + g * LANES, x);
       most = x > most ? x : most;
     }
-    float now = top;
-    for (int i = 0; i < LANES; i++) now = std::max(now, most[i]);
+    const float now = std::max(top, fold(most, [](float x, float y) { return x > y ? x : y; }));
     Vec all = {};
     for (int g = first; g < last; g++) {
       Vec p = exp_of(Width16::load(s + g * LANES) - now);
@@ -419,8 +427,7 @@ template <class E> struct Attention {
       Width16::store(s + g * LANES, p);
       all += p;
     }
-    float added = 0.0f;
-    for (int i = 0; i < LANES; i++) added += all[i];
+    const float added = fold(all, [](float x, float y) { return x + y; });
     const float fade = exp_of(top - now);
     top = now;
     sum = sum * fade + added;
@@ -439,6 +446,21 @@ template <class E> struct Attention {
     float fade[R];
     for (int r = 0; r < R; r++) fade[r] = soften(s + r * TILE, key, low[r], high[r], first, last, state.top[r], state.sum[r]);
     value_rows<R>(s, fade, v, a.dim, int(from), int(to), state.acc, width);
+  }
+
+  // Asks for the keys and values of a tile ahead of their use. Blocks lie apart, and the processor's own prefetching
+  // begins anew at each.
+  __attribute__((always_inline)) inline void fetch(const int32_t *blocks, int64_t kv_head, int64_t from, int64_t to) const {
+    const int64_t head_size = a.block_size * a.dim, line = 64 / int64_t(sizeof(E));
+    for (int64_t at = from; at < to;) {
+      const int64_t offset = at % a.block_size, n = std::min(to - at, a.block_size - offset);
+      const int64_t head = (int64_t(blocks[at / a.block_size]) * a.kv_heads + kv_head) * head_size;
+      const E *k = static_cast<const E *>(a.k) + head + offset, *v = static_cast<const E *>(a.v) + head + offset * a.dim;
+      for (int64_t d = 0; d < a.dim; d++, k += a.block_size)
+        for (int64_t i = 0; i < n; i += line) __builtin_prefetch(k + i, 0, 2);
+      for (int64_t i = 0; i < n * a.dim; i += line) __builtin_prefetch(v + i, 0, 2);
+      at += n;
+    }
   }
 
   void segment(const Item &item, int64_t number, const float *q, float *s, const State &state) const {
@@ -464,6 +486,7 @@ template <class E> struct Attention {
         k[g] = static_cast<const E *>(a.k) + head * head_size + offset;
         v[g] = static_cast<const E *>(a.v) + head * head_size + offset * a.dim;
       }
+      if (key + TILE < seg_to) fetch(blocks, item.kv_head, key + TILE, std::min(seg_to, key + 2 * TILE));
       for (int64_t r = 0; r < item.rows; r += BATCH) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
         const float *queries = q + r * width;

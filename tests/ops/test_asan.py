@@ -1,0 +1,60 @@
+"""The C++ kernels under AddressSanitizer, over the case tables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from millstream.ops.cpu import build
+
+CODE = """
+import ctypes, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import torch
+import conftest
+from millstream.core import registry
+from millstream.formats.kv.plain import device
+from millstream.ops import cases
+from millstream.ops.cases.attention import CASES
+from millstream.ops.cpu import build
+
+flags = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g", "-O1")
+path = build.build(build.SOURCES / "paged_attention.cpp", Path({directory!r}), extra=flags)
+build._libraries[(build.settings(), "paged_attention")] = ctypes.CDLL(str(path))
+# From the checked allocator, so that reading beyond the pages is seen.
+device._zeros = lambda shape, dtype, where: torch.zeros(shape, dtype=dtype)
+backend = registry.make("attention", "cpu-paged")
+for case in CASES:
+    conftest.lay_out(case).whole(backend)
+table = cases.tables()["kv_write"]
+for case in table.cases:
+    table.outcome(table.op.implementations["cpu"].function, case.args())
+print("clean")
+"""
+
+
+@pytest.mark.long
+def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path):
+    try:
+        compiler = build.find_compiler()
+    except build.KernelError as error:
+        pytest.skip(str(error))
+    asked = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    runtime = asked.stdout.strip()
+    if not Path(runtime).is_file():
+        pytest.skip("the compiler has no AddressSanitizer runtime to preload")
+    code = CODE.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "clean", done.stdout + done.stderr[-4000:]
+    assert "runtime error" not in done.stderr, done.stderr[-4000:]
