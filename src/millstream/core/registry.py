@@ -174,7 +174,9 @@ def _entry_points(point: str) -> Mapping[str, importlib.metadata.EntryPoint]:
 def _installed(path: tuple[str, ...]) -> Mapping[str, Mapping[str, importlib.metadata.EntryPoint]]:
     """Ours of all entry points on `path`, by group. Reading them opens a file of every package there is: once, then."""
     found: dict[str, dict[str, importlib.metadata.EntryPoint]] = {}
-    for entry in importlib.metadata.entry_points():
-        if entry.group.startswith("millstream."):
-            found.setdefault(entry.group, {})[entry.name] = entry
+    for package in importlib.metadata.distributions():
+        for entry in package.entry_points:
+            if entry.group.startswith("millstream."):
+                # A package found twice counts where Python would import it from: the first on the path.
+                found.setdefault(entry.group, {}).setdefault(entry.name, entry)
     return found
