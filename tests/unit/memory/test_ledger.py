@@ -9,7 +9,7 @@ from fake_kv import FULL, FakeKv, sequence, window
 
 from millstream.core import registry
 from millstream.core.cache import CacheGroup, Keep
-from millstream.core.errors import ConfigError
+from millstream.core.errors import ConfigError, UnknownName
 from millstream.core.plan import NO_BLOCK, Holding, Move, Tier
 from millstream.core.registry import Choice
 from millstream.core.sequence import Sequence
@@ -472,5 +472,9 @@ def test_options_out_of_bounds_are_config_errors() -> None:
         registry.make("evict", Choice("cost", {"hit_s": -1}))
     with pytest.raises(ConfigError, match="max_blocks is -3"):
         registry.make("tier", Choice("host", {"max_blocks": -3}), slots={})
+    with pytest.raises(ConfigError, match=r"evict is 3, allowed are a name \(cost, lru\)"):
+        registry.make("prefix", Choice("radix", {"evict": 3}))
+    with pytest.raises(UnknownName, match="the nearest is 'lru'"):
+        registry.make("prefix", Choice("radix", {"evict": "lrv"}))
     assert registry.names("prefix") == ["none", "radix"]
     assert registry.names("evict") == ["cost", "lru"]

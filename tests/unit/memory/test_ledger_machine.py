@@ -109,9 +109,13 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), n=st.integers(1, 9))
     def schedule(self, data: st.DataObject, n: int) -> None:
         one = self.pick(data, {State.RUNNING})
-        if one is None or one.seq.left <= 0:
-            return
+        if one is not None:
+            self.advance(one, data, n)
+
+    def advance(self, one: Live, data: st.DataObject, n: int) -> None:
         seq = one.seq
+        if seq.state is not State.RUNNING or seq.left <= 0:
+            return
         n = min(n, seq.left)
         room = self.ledger.room(seq, n)
         assert 0 <= room <= n
@@ -145,6 +149,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.flights and not self.building)
     @rule(data=st.data())
     def collect(self, data: st.DataObject) -> None:
+        self.collect_one(data)
+
+    def collect_one(self, data: st.DataObject) -> None:
         for row in self.flights.pop(0):
             one, seq = row.live, row.live.seq
             if row.sampled and one in self.live:
@@ -166,6 +173,21 @@ class LedgerMachine(RuleBasedStateMachine):
             if seq.state is State.RUNNING:
                 self.ledger.settle(seq, self.now)
         self.settle_moves()
+
+    @rule(data=st.data(), n=st.integers(1, 9))
+    def step(self, data: st.DataObject, n: int) -> None:
+        """All that run go on by up to `n` tokens, and come back: what a scheduler does most of the time."""
+        while self.flights and not self.building:
+            self.collect_one(data)
+        for one in self.live:
+            if all(row.live is not one for row in self.building):
+                self.advance(one, data, n)
+        if self.building:
+            if len(self.flights) == 2:
+                return
+            self.launch()
+            while self.flights:
+                self.collect_one(data)
 
     @precondition(lambda self: len(self.live) < 6)
     @rule(data=st.data(), back=st.integers(0, 7))

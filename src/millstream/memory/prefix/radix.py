@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from millstream.core import registry
 from millstream.core.cache import CacheGroup, Keep
@@ -31,9 +31,15 @@ CARD = Card("radix", "finds every computed prefix again, token by token")
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """`evict` names the eviction order; a name, or a Choice with options."""
+    """`evict` is the eviction order: its name, or a Choice where it gets options."""
 
-    evict: Choice | str = field(default_factory=lambda: Choice("lru"))
+    evict: Choice | str = "lru"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.evict, Choice | str):
+            raise TypeError(
+                f"evict is {self.evict!r}, allowed are a name ({', '.join(registry.names('evict'))}) or a Choice"
+            )
 
 
 class _Node:
