@@ -162,7 +162,7 @@ _NEIGHBOURS = {"q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj":
 
 
 def _side_by_side(names: list[str]) -> list[str]:
-    """The names in their order, except that those of one block and kind come together, projections in stacking order."""
+    """The names in order, but those of one block and kind come together, projections in stacking order."""
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for name in names:
         module, _, kind = name.rpartition(".")

@@ -23,9 +23,10 @@ from torch import Tensor
 from millstream.core.errors import BadFile, Unsupported
 from millstream.models.gguf import BLOCKS
 
-# Values of one chunk: it bounds the memory used beside the result. Of 2^17 to 2^20 this was the fastest for nearly
-# every type (1.4 ns a value on two cores), as a chunk costs a dozen torch calls whatever its size.
-CHUNK_VALUES = 1 << 20
+# Values of one chunk. It bounds the memory used beside the result, and it is the size up to which torch works in one
+# thread. Larger chunks win on two idle cores (2^20: 0.12 s for SmolLM2) and lose on busy ones: each of the dozen
+# calls of a chunk waits for a thread: at a load of 8, 2^16 to 2^20 took 7 to 44 s, this 2 to 3 s.
+CHUNK_VALUES = 1 << 15
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 _LOW_BITS = 0x0101010101010101
@@ -80,7 +81,7 @@ def _plain(data: Tensor, stored: torch.dtype) -> Tensor:
 
 
 def _compact(part: Tensor) -> Tensor:
-    """A copy without gaps, at an address that wider types can be read from. (`contiguous` leaves a lone row as it is.)"""
+    """A copy without gaps, at an address that wider types can be read from (`contiguous` leaves a lone row alone)."""
     return part.clone(memory_format=torch.contiguous_format)
 
 

@@ -183,6 +183,7 @@ def test_two_processes_that_convert_at_once_agree(source: ModelSource) -> None:
     assert_equal(load_tensors(source), source)
 
 
+@pytest.mark.long
 def test_a_real_model_starts_warm_in_no_time(real_model: Callable[[str], Path]) -> None:
     source = open_source(real_model("smollm2-135m"))
     load_tensors(source)
