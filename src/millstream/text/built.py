@@ -31,7 +31,10 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def backend_from(spec: str, path: str | Path) -> Backend:
     """The library's tokenizer from its JSON. Raises BadFile, naming `path`, for JSON that it refuses."""
     try:
-        return Backend.from_str(spec)
+        backend = Backend.from_str(spec)
+        # Where control tokens had to stay in the library's list (Unigram), it must not find them in text.
+        backend.encode_special_tokens = True
+        return backend
     except BaseException as error:
         # The library's panics do not derive from Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -52,8 +55,7 @@ def cached(
     cache that cannot be written costs time at the next start and nothing else.
     """
     if cache_dir is None:
-        spec, facts = build()
-        return Tokenizer(backend_from(spec, path), facts)
+        return _new(build, path)[0]
     name = key if _KEY.fullmatch(key) else hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
     file = Path(cache_dir) / f"{name}.v{FORMAT}.tokenizer"
     kept = _read(file)
@@ -63,10 +65,18 @@ def cached(
             return Tokenizer(backend_from(spec, file), refresh(facts))
         except BadFile as error:
             _log.warning("%s; building it anew", error)
-    spec, facts = build()
-    tokenizer = Tokenizer(backend_from(spec, path), facts)
-    _write(file, spec, facts)
+    tokenizer, spec = _new(build, path)
+    _write(file, spec, tokenizer.facts)
     return tokenizer
+
+
+def _new(build: Callable[[], tuple[str, Facts]], path: str | Path) -> tuple[Tokenizer, str]:
+    spec, facts = build()
+    backend = backend_from(spec, path)
+    for token in json.loads(spec)["added_tokens"]:
+        if backend.token_to_id(token["content"]) != token["id"]:
+            raise BadFile(path, f"the token {token['content']!r} cannot have the id {token['id']}")
+    return Tokenizer(backend, facts), spec
 
 
 def _read(file: Path) -> tuple[str, Facts] | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import time
@@ -335,8 +336,9 @@ def _absent(texts: Iterable[str], count: int) -> list[str]:
         present.update(char for char in set(text) if char >= "\ue000")
         if "\\u" in text or "ufd" in text.lower():
             escaped.update(found.lower() for found in re.findall(r"u([0-9a-fA-F]{4})", text))
-    candidates = [*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)]
-    free = [chr(c) for c in candidates if chr(c) not in present and f"{c:04x}" not in escaped][:count]
+    candidates = itertools.chain(range(0xFDD0, 0xFDF0), range(0xE000, 0xF900))
+    unused = (chr(c) for c in candidates if chr(c) not in present and f"{c:04x}" not in escaped)
+    free = list(itertools.islice(unused, count))
     if len(free) < count:
         raise BadRequest("messages", "every private-use character there is", "text that leaves some of them unused")
     return free
@@ -481,13 +483,13 @@ class _Generation(Extension):
 
 _FILTER_NAMES = """
 abs attr batch capitalize center count d default dictsort e escape first float forceescape format groupby indent int
-items join last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort string
-striptags title trim truncate unique upper wordcount
+items join last length list lower map max min reject rejectattr replace reverse round safe select selectattr slice sort
+string striptags title trim truncate unique upper wordcount
 """
 _STR_METHOD_NAMES = """
 capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha isascii isdecimal
-isdigit islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind rindex
-rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill
+isdigit islower isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace
+rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill
 """
 _STR_METHODS = frozenset(_STR_METHOD_NAMES.split())
 _OTHER_METHODS: Mapping[type, frozenset[str]] = {

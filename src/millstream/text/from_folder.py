@@ -94,10 +94,13 @@ class _Folder:
             add_bos = first is not None
         if add_bos and bos_id is None:
             bos_id = first
-        spec["added_tokens"] = [token for token in added if not token.get("special")]
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+        spec["added_tokens"] = added
         if kind == "BPE":
+            spec["added_tokens"] = plain = [token for token in added if not token.get("special")]
             self.drop_specials(model, specials)
+            # The library numbers an added token that the vocabulary lacks by counting, not by its given id.
+            model["vocab"] |= {token["content"]: token["id"] for token in plain}
         facts = Facts(
             size=size,
             spelling=spelling,

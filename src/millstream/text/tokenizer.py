@@ -41,8 +41,8 @@ class Facts:
 
     `spelling` says how tokens are written: "byte-level" (GPT-2's printable alphabet of bytes) or "sentencepiece"
     (U+2581 for a space, <0xXX> for a byte). `prefix` says before which pieces of text a space is put: none, the first
-    if it begins the text, or each one that follows a control token. `strip_prefix`: decoding takes that space off
-    again.
+    if it begins the text (and does not begin with a space), or each one, at the start or after a control token.
+    `strip_prefix`: decoding takes that space off again.
     """
 
     size: int
@@ -119,8 +119,7 @@ class Tokenizer:
             check_text(f"texts[{i}]", text)
         if parse_special:
             return [self._framed(self._encode_parsed(text), add_bos, True) for text in texts]
-        put = self.facts.prefix != "never"
-        ready = [" " + text if put and text else text for text in texts]
+        ready = [self._prefixed(text, True) for text in texts]
         found = self._backend.encode_batch(ready, add_special_tokens=False)
         return [self._framed(list(encoding.ids), add_bos, False) for encoding in found]
 
@@ -201,10 +200,22 @@ class Tokenizer:
     def _encode_plain(self, text: str, *, first: bool) -> list[int]:
         if not text:
             return []
+        return list(self._backend.encode(self._prefixed(text, first), add_special_tokens=False).ids)
+
+    def _prefixed(self, text: str, first: bool) -> str:
         prefix = self.facts.prefix
-        if prefix == "each" or (prefix == "first" and first):
-            text = " " + text
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        if not text or prefix == "never":
+            return text
+        if prefix == "each":
+            return " " + text
+        # The library's Metaspace puts no second space before one that is there, and none before an added token.
+        if not first or text[0] in (" ", SPACE_MARK) or text.startswith(self._added_spellings):
+            return text
+        return " " + text
+
+    @cached_property
+    def _added_spellings(self) -> tuple[str, ...]:
+        return tuple(token.content for token in self._backend.get_added_tokens_decoder().values())
 
     def _encode_parsed(self, text: str) -> list[int]:
         return self.encode_segments(self.splitter.split(text))

@@ -112,6 +112,91 @@ def metadata_of(name: str) -> Mapping[str, Any]:
     return found
 
 
+def small_bpe(pre: str = "gpt-2") -> dict[str, Any]:
+    """GGUF metadata of a byte-level BPE with 900 tokens, trained here."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    added = ["<tool_call>", "</tool_call>", "｜mark｜"]
+    types = [1] * len(tokens) + [3] * len(special) + [4] * len(added) + [5]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [*tokens, *special, *added, "[PAD]"],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.bos_token_id": len(tokens),
+        "tokenizer.ggml.eos_token_id": len(tokens) + 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHATML,
+    }
+
+
+def small_spm(add_space_prefix: bool) -> tuple[dict[str, Any], Any]:
+    """GGUF metadata of a SentencePiece BPE with 1,200 pieces, trained here, and sentencepiece's own tokenizer of it."""
+    import io
+
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*LANGUAGES, *CODE]),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=1200,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=add_space_prefix,
+        user_defined_symbols=["▁▁", "▁▁▁▁", "\n", "\n\n", "<h1>", "</h1>"],
+        control_symbols=["<start_of_turn>", "<end_of_turn>"],
+        minloglevel=2,
+    )
+    sp = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    return metadata_of_spm(written.getvalue(), add_space_prefix), sp
+
+
+def metadata_of_spm(proto: bytes, add_space_prefix: bool) -> dict[str, Any]:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    pieces = [(p.piece.replace("▁", " ") if p.type == 4 else p.piece, p.score, p.type) for p in model.pieces]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece for piece, _, _ in pieces],
+        "tokenizer.ggml.scores": [score for _, score, _ in pieces],
+        "tokenizer.ggml.token_type": [kind for _, _, kind in pieces],
+        "tokenizer.ggml.bos_token_id": model.trainer_spec.bos_id,
+        "tokenizer.ggml.eos_token_id": model.trainer_spec.eos_id,
+        "tokenizer.ggml.unknown_token_id": model.trainer_spec.unk_id,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": add_space_prefix,
+    }
+
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@functools.cache
+def small_tokenizer(kind: str) -> Tokenizer:
+    """ "bpe", "spm" (a space before the text) or "spm-plain" (none)."""
+    return load_tokenizer(small_bpe() if kind == "bpe" else small_spm(kind == "spm")[0])
+
+
 @functools.cache
 def tokenizer_of(name: str) -> Tokenizer:
     return load_tokenizer(metadata_of(name), path=f"{name}.gguf")
@@ -126,7 +211,7 @@ def shared_texts() -> list[str]:
     texts: list[str] = []
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
-            texts += [value for value in json.loads(line).values() if isinstance(value, str)]
+            texts += json.loads(line)["paragraphs"]
     return texts
 
 
