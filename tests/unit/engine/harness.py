@@ -98,6 +98,12 @@ class Bench:
             return list(chunks[-1].replaced)
         return [token for chunk in chunks for token in chunk.tokens]
 
+    def first_token_at(self, request: Request, index: int = 0) -> float:
+        """The time of the step that gave its first token."""
+        metrics = self.chunks[(request.id, index)][-1].metrics
+        assert metrics is not None and metrics.ttft_s is not None
+        return request.arrival + metrics.ttft_s
+
     def finish(self, request: Request, index: int = 0) -> Finish | None:
         return self.chunks[(request.id, index)][-1].finish
 
