@@ -69,7 +69,13 @@ class StepRecorder:
         if isinstance(event, Stepped):
             self.steps.append(
                 StepTiming(
-                    time.perf_counter(), event.seconds, event.tokens, event.prompt_tokens, event.running, event.waiting
+                    time.perf_counter(),
+                    event.seconds,
+                    event.rows,
+                    event.tokens,
+                    event.prompt_tokens,
+                    event.running,
+                    event.waiting,
                 )
             )
 

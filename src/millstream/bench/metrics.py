@@ -20,6 +20,7 @@ Requests that failed are counted, and are in no percentile.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -55,15 +56,16 @@ class RequestTiming:
     @property
     def gaps_s(self) -> list[float]:
         times = self.token_times_s
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(times)]
 
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """One step: when it was settled, the seconds of its forward pass, its tokens, and whether work was left."""
+    """One step: when it was settled, the seconds of its forward pass, its rows and tokens, and what was left."""
 
     now_s: float
     forward_s: float
+    rows: int
     tokens: int
     prompt_tokens: int
     running: int
@@ -176,7 +178,7 @@ def summarize(timings: Sequence[RequestTiming], steps: Sequence[StepTiming] = ()
         tpot_s=Distribution.of(timing.tpot_s for timing in good if timing.tpot_s is not None),
         e2el_s=Distribution.of(timing.e2el_s for timing in good if timing.e2el_s is not None),
         steps=len(steps),
-        max_running=max((step.running for step in steps), default=0),
+        max_running=max((max(step.rows, step.running) for step in steps), default=0),
     )
 
 

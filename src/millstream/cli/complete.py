@@ -149,5 +149,3 @@ def _print_logprobs(one: CompletionOutput, out: RequestOutput) -> None:
     if len(out.outputs) > 1:
         note(f"[{one.index}]")
     print_table(("token", "logprob", "rank", "instead"), rows, right=(1, 2))
-
-

@@ -305,7 +305,10 @@ def _rows(llm: LLM, report: LoadReport, loaded_s: float) -> list[tuple[str, str]
         ("output tokens", f"{report.output_tokens:,}"),
         ("duration", f"{report.duration_s:.2f} s after {loaded_s:.2f} s of loading"),
         ("throughput", f"{report.output_tokens_per_s:.1f} output tok/s, {report.total_tokens_per_s:.1f} in total"),
-        ("time to first token", f"p50 {seconds_in_words(report.ttft_s.p50)}, p99 {seconds_in_words(report.ttft_s.p99)}"),
+        (
+            "time to first token",
+            f"p50 {seconds_in_words(report.ttft_s.p50)}, p99 {seconds_in_words(report.ttft_s.p99)}",
+        ),
         ("between tokens", f"p50 {seconds_in_words(report.itl_s.p50)}, p99 {seconds_in_words(report.itl_s.p99)}"),
         ("most running at once", str(llm.assembled.engine.max_running)),
         ("forward passes", f"{report.steps}, {report.output_tokens / max(1, report.steps):.1f} output tokens each"),
@@ -337,7 +340,12 @@ def _save_svg(path: Path, view: View, llm: LLM, report: LoadReport, loaded_s: fl
     from rich.console import Console
 
     console: Console = Console(
-        record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor", legacy_windows=False
+        record=True,
+        width=WIDTH,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        legacy_windows=False,
     )
     if view.peak is not None:
         console.print(view.peak)

@@ -188,6 +188,11 @@ def _prepare_streams() -> None:
 
 
 def _show_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None, line: object = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: object = None,
 ) -> None:
     print(f"millstream: warning: {' '.join(str(message).split())}", file=sys.stderr)

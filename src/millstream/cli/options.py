@@ -40,7 +40,9 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling", "What is not given is taken from the model's generation_config.")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="generate at most this many (default 256, or what fits)")
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="generate at most this many (default 256, or what fits)"
+    )
     for flag, kind, text in _SAMPLING:
         group.add_argument(flag, type=kind, metavar="N" if kind is int else "X", help=text)
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
@@ -55,9 +57,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     short = {key: value for key in ("dtype", "max_context") if (value := getattr(args, key)) is not None}
     return build(
         EngineConfig,
-        merge(
-            read_file(args.config) if args.config else {}, parse_sets(args.set), {"model": short} if short else {}
-        ),
+        merge(read_file(args.config) if args.config else {}, parse_sets(args.set), {"model": short} if short else {}),
     )
 
 

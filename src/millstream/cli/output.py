@@ -102,8 +102,14 @@ def download_progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
         if bar is None:
             # Only a download pays for rich: models that are here open without it.
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-            from rich.progress import TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
 
             bar = Progress(
                 TextColumn("{task.description}"),
