@@ -8,9 +8,9 @@ import types
 from pathlib import Path
 
 import pytest
+from tests.unit.engine.harness import Bench
 
 from millstream.core import registry
-from tests.unit.engine.harness import Bench
 
 PAGE = Path(__file__).parents[3] / "docs" / "adding" / "policy.md"
 
