@@ -34,6 +34,12 @@ def compare(decoder, model, extra=()):
         assert torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure])
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # On cores that are shared, waiting for a second thread costs far more than it gives.
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers")
