@@ -237,6 +237,8 @@ class Ledger:
     def reserve(self, seq: Sequence, num_tokens: int, now: float, contiguous: bool = False) -> bool:
         """Claims blocks for up to `num_tokens` tokens in all; False, and no change to holdings, when there are fewer.
 
+        A shared block that these tokens will be written into is copied at once, so that `grow` up to there needs no
+        more; sharing it anew (a fork) makes that one copy necessary again.
         With `contiguous` (for a sequence that holds nothing) each group's blocks are one run of ascending ids, for
         which every idle prefix may be evicted; such a sequence keeps its very blocks and enters the prefix index only
         when it is released.
@@ -245,20 +247,18 @@ class Ledger:
             raise BlockFault(f"sequence {seq.id} reserves blocks, but it is swapped out")
         if contiguous:
             self._fresh(seq)
-        wants: dict[str, int] = {}
-        for group in self.groups:
-            wants[group.name] = self._num_blocks(group, num_tokens) - len(self._table(seq, group.name))
-        if any(count > self.free(name) for name, count in wants.items()):
+        wants = {group.name: self._wanted(group, seq, num_tokens - seq.next_start) for group in self.groups}
+        if any(new + len(shared) > self.free(name) for name, (new, shared) in wants.items()):
             return False
         got: dict[str, tuple[int, ...]] = {}
-        for name, count in wants.items():
+        for name, (new, _) in wants.items():
             if not contiguous:
-                got[name] = self._take(name, count, now)
+                got[name] = self._take(name, new, now)
                 continue
-            run = self._pools[name].take_run(count)
+            run = self._pools[name].take_run(new)
             if run is None:
                 self._evict(name, self.index.evictable(name), now)
-                run = self._pools[name].take_run(count)
+                run = self._pools[name].take_run(new)
             if run is None:
                 for taken, blocks in got.items():
                     self._let_go(taken, blocks)
@@ -267,19 +267,16 @@ class Ledger:
         held = self._held.setdefault(seq.id, _Held(seq, dict.fromkeys(self._pools, 0)))
         held.reserved = max(held.reserved, num_tokens)
         held.contiguous = held.contiguous or contiguous
-        for name, blocks in got.items():
+        for name, (new, shared) in wants.items():
             holding = seq.holdings.get(name)
             if holding is None:
-                seq.holdings[name] = Holding(name, blocks, 0)
-            elif blocks:
-                seq.holdings[name] = Holding(name, holding.blocks + blocks, holding.length)
+                seq.holdings[name] = Holding(name, got[name], 0)
+            elif new or shared:
+                table = list(holding.blocks)
+                for i in shared:
+                    table[i] = self._copy(name, table[i], now)
+                seq.holdings[name] = Holding(name, (*table, *got[name]), holding.length)
         return True
-
-    def has_run(self, num_tokens: int) -> bool:
-        """Whether each group has free blocks in a row for `num_tokens` tokens, without evicting anything."""
-        return all(
-            self._pools[group.name].find_run(self._num_blocks(group, num_tokens)) is not None for group in self.groups
-        )
 
     def settle(self, seq: Sequence, now: float) -> None:
         """After `seq.computed` advanced: remembers its new full blocks, gives up those behind the windows.
@@ -357,8 +354,8 @@ class Ledger:
     def rollback(self, seq: Sequence, length: int) -> None:
         """Forgets the slots beyond `length` tokens and gives up the blocks that only they needed.
 
-        Blocks that were reserved stay. Raises BlockFault where what a window needs at `length` was given up. The caller
-        sets `seq.computed` when it was beyond.
+        Blocks that were reserved stay, those that others share by now excepted. The caller sets `seq.computed` when it
+        was beyond. Raises BlockFault where what a window needs at `length` was given up.
         """
         held = self._held.get(seq.id)
         if held is None:
@@ -382,8 +379,14 @@ class Ledger:
                 # The slots beyond are freed with the rest when it comes back.
                 seq.holdings[name] = Holding(name, holding.blocks, length, Tier.HOST)
                 continue
-            self._let_go(name, holding.blocks[max(keep, held.dropped[name]) :])
-            seq.holdings[name] = Holding(name, holding.blocks[:keep], length)
+            need = max(self._num_blocks(group, length), held.dropped[name])
+            pool = self._pools[name]
+            # Of what was reserved only unshared blocks can stay: to hold a shared one without those before it would
+            # lock the middle of a prefix whose beginning may be evicted.
+            spare = tuple(block for block in holding.blocks[need:keep] if pool.references(block) == 1)
+            kept = set(spare)
+            self._let_go(name, [block for block in holding.blocks[need:] if block not in kept])
+            seq.holdings[name] = Holding(name, holding.blocks[:need] + spare, length)
         full = length // self.block_size
         held.place = self.index.above(held.place, full)
         held.tried = min(held.tried, full)

@@ -339,6 +339,34 @@ def test_a_contiguous_reservation_is_one_run_that_stays_through_its_life() -> No
     books.check()
 
 
+def test_a_rollback_keeps_of_a_reservation_only_what_nobody_else_holds() -> None:
+    books = ledger(1, blocks=12)
+    seq = sequence(1, list(range(9)))
+    assert books.reserve(seq, 11, 0.0)
+    compute(books, seq, 9)
+    books.rollback(seq, 3)
+    seq.computed = 3
+    seq.tokens[3:] = [70, 71, 72]
+    # Had it kept the blocks that the index remembers, it would now hold the end of that prefix without its middle.
+    compute(books, seq, 1, 1.0)
+    assert books.free() == books.index.evictable("full") + 1
+    books.index.evict("full", 12, 2.0)
+    books.check()
+
+
+def test_a_reservation_copies_a_shared_last_block_so_that_its_room_is_sure() -> None:
+    books = ledger(4, blocks=3)
+    parent, child = sequence(1, [1, 2]), sequence(2, [1, 2, 3])
+    compute(books, parent, 2)
+    books.fork(parent, child, 2)
+    child.computed = 2
+    assert not books.reserve(child, 13, 1.0)
+    assert books.reserve(child, 8, 1.0)
+    assert books.free() == 0
+    assert books.room(child, 9) == 6
+    assert len(books.drain_moves()) == 1
+
+
 def test_tokens_in_flight_are_not_remembered() -> None:
     books = ledger(2)
     seq = sequence(1, list(range(8)))

@@ -53,6 +53,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.flights: list[list[Row]] = []
         self.now = 0.0
         self.next_id = 0
+        self.past: list[list[int]] = []
 
     @initialize(
         groups=st.sampled_from(sorted(GROUPS)),
@@ -69,6 +70,8 @@ class LedgerMachine(RuleBasedStateMachine):
         index = registry.make("prefix", choice)
         self.ledger = Ledger(self.groups, block_size, sizes, index, dict.fromkeys(names, host), key="model")
         self.kv = FakeKv(self.groups, block_size)
+        for _ in range(3):
+            self.submit_one(data)
 
     # -- choosing
 
@@ -79,6 +82,9 @@ class LedgerMachine(RuleBasedStateMachine):
             found = [one for one in found if one.seq.in_flight == 0 and one.seq.pending == 0]
         return data.draw(st.sampled_from(found), label="sequence") if found else None
 
+    def some(self, state: State) -> bool:
+        return any(one.seq.state is state for one in self.live)
+
     def settle_moves(self) -> None:
         # Moves run in order and before all extends of the plan being built: running them now is the same.
         self.kv.move(self.ledger.drain_moves())
@@ -86,19 +92,31 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # -- what a scheduler does
 
-    @precondition(lambda self: len(self.live) < 5)
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14), salt=st.sampled_from(["", "", "b"]))
-    def submit(self, prompt: list[int], salt: str) -> None:
+    def submit_one(self, data: st.DataObject) -> None:
+        """Mostly prompts that begin as an earlier sequence did."""
+        prompt = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=10), label="prompt")
+        if self.past:
+            before = data.draw(st.sampled_from(self.past), label="past")
+            prompt = before[: data.draw(st.integers(0, len(before)), label="of it")] + prompt
+        salt = data.draw(st.sampled_from(["", "", "", "b"]), label="salt")
         self.live.append(Live(sequence(self.next_id, prompt, salt), list(prompt), salt))
         self.next_id += 1
+        self.past = [*self.past[-4:], prompt]
 
+    @precondition(lambda self: len(self.live) < 5)
     @rule(data=st.data())
-    def enter(self, data: st.DataObject) -> None:
+    def submit(self, data: st.DataObject) -> None:
+        self.submit_one(data)
+
+    @precondition(lambda self: self.some(State.WAITING))
+    @rule(data=st.data(), limit=st.one_of(st.none(), st.none(), st.integers(0, 14)))
+    def enter(self, data: st.DataObject, limit: int | None) -> None:
         one = self.pick(data, {State.WAITING})
-        if one is None:
-            return
+        assert one is not None
+        self.enter_one(one, limit)
+
+    def enter_one(self, one: Live, limit: int | None = None) -> None:
         found = self.ledger.match(one.seq, self.now)
-        limit = data.draw(st.one_of(st.none(), st.integers(0, 14)), label="limit")
         got = self.ledger.attach(one.seq, self.now, limit)
         assert got <= found <= one.seq.known - 1
         assert limit is None or got <= limit
@@ -106,6 +124,7 @@ class LedgerMachine(RuleBasedStateMachine):
         one.seq.state = State.RUNNING
         self.settle_moves()
 
+    @precondition(lambda self: self.some(State.RUNNING))
     @rule(data=st.data(), n=st.integers(1, 9))
     def schedule(self, data: st.DataObject, n: int) -> None:
         one = self.pick(data, {State.RUNNING})
@@ -180,6 +199,8 @@ class LedgerMachine(RuleBasedStateMachine):
         while self.flights and not self.building:
             self.collect_one(data)
         for one in self.live:
+            if one.seq.state is State.WAITING:
+                self.enter_one(one)
             if all(row.live is not one for row in self.building):
                 self.advance(one, data, n)
         if self.building:
@@ -189,7 +210,7 @@ class LedgerMachine(RuleBasedStateMachine):
             while self.flights:
                 self.collect_one(data)
 
-    @precondition(lambda self: len(self.live) < 6)
+    @precondition(lambda self: len(self.live) < 6 and self.some(State.RUNNING))
     @rule(data=st.data(), back=st.integers(0, 7))
     def fork(self, data: st.DataObject, back: int) -> None:
         parent = self.pick(data, {State.RUNNING}, idle=True)
@@ -254,6 +275,7 @@ class LedgerMachine(RuleBasedStateMachine):
         one.truth = list(seq.tokens)
         self.settle_moves()
 
+    @precondition(lambda self: self.some(State.RUNNING))
     @rule(data=st.data())
     def preempt_by_recompute(self, data: st.DataObject) -> None:
         one = self.pick(data, {State.RUNNING})
@@ -265,6 +287,7 @@ class LedgerMachine(RuleBasedStateMachine):
         one.seq.state = State.WAITING
         self.settle_moves()
 
+    @precondition(lambda self: self.some(State.RUNNING))
     @rule(data=st.data())
     def swap_out(self, data: st.DataObject) -> None:
         one = self.pick(data, {State.RUNNING})
@@ -278,6 +301,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert one.seq.holdings == before
         self.settle_moves()
 
+    @precondition(lambda self: self.some(State.SWAPPED))
     @rule(data=st.data())
     def swap_in(self, data: st.DataObject) -> None:
         one = self.pick(data, {State.SWAPPED})
@@ -306,7 +330,9 @@ class LedgerMachine(RuleBasedStateMachine):
             for holding in one.seq.holdings.values():
                 first = min(holding.blocks, default=0)
                 assert holding.blocks == tuple(range(first, first + len(holding.blocks)))
-        assert self.ledger.room(one.seq, more) == more
+        self.settle_moves()
+        left = max(0, one.seq.computed + more - one.seq.next_start)
+        assert self.ledger.room(one.seq, left) == left
 
     @rule(data=st.data(), remember=st.booleans())
     def finish(self, data: st.DataObject, remember: bool) -> None:
@@ -317,6 +343,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert not one.seq.holdings
         one.seq.state = State.FINISHED
         self.live.remove(one)
+        self.past = [*self.past[-4:], one.truth[:30]]
         self.settle_moves()
 
     @rule(data=st.data(), n=st.integers(1, 5))
