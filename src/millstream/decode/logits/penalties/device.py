@@ -15,7 +15,7 @@ class Penalties:
 
     def apply(self, logits: torch.Tensor, rows: Seq[int], asks: Seq[SampleAsk], histories: Seq[Seq[int]]) -> None:
         for row in rows:
-            params, history = asks[row].params, torch.tensor(histories[row])
+            params, history = asks[row].params, torch.tensor(histories[row], dtype=torch.int64)
             if params.repetition_penalty != 1:
                 seen = torch.unique(history)
                 values = logits[row, seen]
