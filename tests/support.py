@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import oracle
 import torch
 
+import oracle
 from millstream.config.schema import CacheConfig, EngineConfig, SchedConfig
 from millstream.core import registry
 from millstream.core.client import Chunk

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import real
-import support
-from support import Bench, Heard
 from tolerances import KERNELS, Kernels
 
+import real
+import support
 from millstream.core.request import SamplingParams
 from millstream.models.decoder import Decoder
 from millstream.models.load import load_model
 from millstream.models.source import open_source
 from millstream.ops import table
+from support import Bench, Heard
 
 
 @functools.cache

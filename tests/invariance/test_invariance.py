@@ -4,11 +4,11 @@ was taken from it on the way. Each property is held to the cold generator that c
 from __future__ import annotations
 
 import pytest
-from support import Heard
 
 from millstream.core.registry import Choice
 from millstream.core.request import Kind, SamplingParams
 from millstream.core.sequence import Finish
+from support import Heard
 
 
 def greedy(max_tokens: int = 8, **more) -> SamplingParams:
@@ -157,7 +157,7 @@ def test_the_fewest_blocks_that_hold_one_request_serve_many(subject, preemption)
 
 
 def test_aborted_neighbours_leave_no_trace(subject):
-    for step_of_abort in range(0, 12):
+    for step_of_abort in range(12):
         bench = subject.bench(budget=17)
         stay = [bench.add(subject.prompt(length, length), greedy(6)) for length in (20, 3)]
         # One neighbour shares half of a survivor's prompt, one has sequences of its own, one waits.

@@ -1,4 +1,4 @@
-"""Real prompts of any length, drawn by seed: from the public texts where they are, else from what Python brings along."""
+"""Real prompts of any length, by seed: from the public texts where they are, else from what Python brings along."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import real
 
 
 def texts() -> list[str]:
-    """Essays, talk, code, encyclopedia and many languages; each long enough for thousands of tokens, or a few of them."""
+    """Essays, talk, code, encyclopedia and many languages, long ones and short ones."""
     folder = real.data_folder()
     found = [] if folder is None else _public(folder)
     return found or _own()
@@ -49,7 +49,9 @@ def _public(folder: Path) -> list[str]:
 
     found = [row["text"] for row in lines("lm_long_context", "paul_graham_essays.jsonl.gz")]
     found.append("\n\n".join(_spoken(row["prompt"]) for row in lines("chat_oasst", "en_100_tree.jsonl.gz")))
-    found.append("\n".join(row["prompt"] + row["canonical_solution"] for row in lines("lm_humaneval", "HumanEval.jsonl")))
+    found.append(
+        "\n".join(row["prompt"] + row["canonical_solution"] for row in lines("lm_humaneval", "HumanEval.jsonl"))
+    )
     found += ["\n".join(row["paragraphs"]) for row in lines("lm_multilingual", "udhr.jsonl.gz")]
     path = folder / "lm_perplexity" / "wikitext2_test.txt.gz"
     if path.is_file():

@@ -6,10 +6,10 @@ import functools
 from typing import Any
 
 import prompts
-import real
 import theirs
 import torch
 
+import real
 from millstream.core.request import SamplingParams
 from millstream.engine.llm import LLM
 from millstream.models.cache import load_tensors
@@ -31,7 +31,7 @@ def compare(
 ) -> theirs.Compared:
     """Greedy answers to `count` prompts up to `longest` tokens, all in one batch, held to transformers one by one."""
     compared = theirs.Compared()
-    with LLM(str(real.model_path(case.name)), max_context=longest + 64, **options) as llm:
+    with LLM(str(real.model_path(case.name)), max_context=max(longest, *more, 0) + 64, **options) as llm:
         drawn = prompts.draw(llm.tokenizer.encode, count, longest, seed)
         drawn += [prompts.draw(llm.tokenizer.encode, 1, length, seed + length)[0] for length in more]
         params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True)

@@ -36,7 +36,7 @@ class Compared:
 
 
 def model_of(source: ModelSource, tensors: Mapping[str, torch.Tensor] | None = None) -> Any:
-    """The transformers model of a source's config, in float32, with exactly its tensors (or `tensors`, by their names)."""
+    """The transformers model of a source's config, float32, with its very tensors (or `tensors`, by the same names)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**source.config)
@@ -64,7 +64,9 @@ def _again(module: Any, config: Any) -> Any:
         return type(module)(config)
     # Gemma's embedding keeps its scale, the root of the width, in a buffer.
     weight = module.weight
-    made = type(module)(module.num_embeddings, module.embedding_dim, module.padding_idx, embed_scale=config.hidden_size**0.5)
+    made = type(module)(
+        module.num_embeddings, module.embedding_dim, module.padding_idx, embed_scale=config.hidden_size**0.5
+    )
     made.weight = weight
     return made
 
