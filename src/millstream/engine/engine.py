@@ -20,6 +20,7 @@ from millstream.core.registry import Choice
 from millstream.core.request import MAX_SEED, Kind, Limits, Request
 from millstream.core.sequence import Finish, Sequence, Stamps, State
 from millstream.decode.protocol import DecodeMethod, Observer
+from millstream.memory.blocks import BlockFault
 from millstream.runner.protocol import Runner, Ticket
 from millstream.sched.scheduler import Scheduler
 
@@ -283,19 +284,21 @@ class Engine:
         seq.scored = max(seq.scored, extend.start + len(settled.prompt_logprobs))
 
     def _share_prompt(self, group: _Group, leader: Sequence) -> None:
-        if leader.computed < leader.num_prompt and not leader.finished:
-            return
-        if leader.state is State.SWAPPED:
-            return
+        ready = leader.computed >= leader.num_prompt and leader.state is State.RUNNING
+        if not ready and not leader.finished and not leader.gates:
+            return  # it lost its place, and will come by here again; one that waits for its siblings will not
         for seq in group.seqs[1:]:
             if SIBLINGS not in seq.gates:
                 continue
             seq.gates.discard(SIBLINGS)
             seq.prompt_logprobs = list(leader.prompt_logprobs)
             length = seq.num_prompt - 1
-            if leader.state is State.RUNNING and length > 0:
-                # The last prompt token is computed again by each: its logits are what they sample from.
-                self.scheduler.ledger.fork(leader, seq, length)
+            if ready and length > 0:
+                try:
+                    # The last prompt token is computed again by each: its logits are what they sample from.
+                    self.scheduler.ledger.fork(leader, seq, length)
+                except BlockFault:
+                    continue  # the leader went on, and a window gave up what they need: each finds its own way
                 seq.computed = seq.cached = length
                 seq.state = State.RUNNING
 

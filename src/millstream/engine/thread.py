@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
@@ -28,6 +29,7 @@ class EngineThread:
         self.engine = engine
         self.error: BaseException | None = None
         self._inbox: deque[Callable[[], None]] = deque()
+        self._work: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._ids = itertools.count(1)
@@ -104,9 +106,8 @@ class EngineThread:
                         self._wake.wait()
                     if self._closing:
                         break
-                    work, self._inbox = self._inbox, deque()
-                for item in work:
-                    item()
+                    self._work, self._inbox = self._inbox, deque()
+                self._do()
                 if engine.busy and not engine.step():
                     with self._wake:
                         if not self._inbox and not self._closing:
@@ -117,14 +118,18 @@ class EngineThread:
                 self.error = error
         self._end()
 
+    def _do(self) -> None:
+        while self._work:
+            self._work.popleft()()
+
     def _end(self) -> None:
         """Nobody is left waiting: what is inside fails, what is in the inbox is refused."""
         self.engine.fail(self.error or EngineClosed("the engine was closed"))
         with self._wake:
-            work, self._inbox = self._inbox, deque()
+            self._work.extend(self._inbox)
+            self._inbox.clear()
             self._closing = True
-        for item in work:
-            item()
+        self._do()
         self.engine.fail(self.error or EngineClosed("the engine was closed"))
         self.engine.close()
         self._idle.set()
@@ -146,7 +151,9 @@ class AsyncEngine:
         finished = 0
 
         def sink(chunk: Chunk) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, chunk)
+            # A loop that ended takes its request along, not the engine's thread.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(queue.put_nowait, chunk)
 
         self.thread.submit(request, sink)
         try:
@@ -156,10 +163,12 @@ class AsyncEngine:
                 yield chunk
         finally:
             if finished < outputs:
-                self.thread.abort(request.id)
+                await self.abort(request.id)
 
     async def abort(self, request_id: int) -> None:
-        self.thread.abort(request_id)
+        # A closed engine has ended everything already.
+        with contextlib.suppress(EngineClosed):
+            self.thread.abort(request_id)
 
     async def ready(self) -> bool:
         return self.thread.error is None and not self._draining

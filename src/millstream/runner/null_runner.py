@@ -50,6 +50,7 @@ class NullRunner:
         self._num_blocks, self._host_blocks = num_blocks, host_blocks
         self._slots: dict[tuple[str, Tier, int], dict[int, _Slot]] = {}
         self._last: dict[int, int] = {}
+        self._broken: set[int] = set()  # a row of theirs failed: what later plans in flight read is not there
         self._launched: list[StepPlan] = []
         self.steps = 0
 
@@ -72,6 +73,7 @@ class NullRunner:
         self.steps += 1
         for seq in plan.forgotten:
             self._last.pop(seq, None)
+            self._broken.discard(seq)
         for move in plan.moves:
             source = self._slots.get((move.group, move.source_tier, move.source), {})
             self._slots[(move.group, move.target_tier, move.target)] = dict(source)
@@ -81,11 +83,12 @@ class NullRunner:
         self._slots.clear()
 
     def _settle(self, extend: Extend) -> Settled:
-        if FROM_PREVIOUS in extend.tokens and extend.seq not in self._last:
-            return Settled(extend.seq, 0, fault="the plan before gave no token to go on from")
+        if extend.seq in self._broken:
+            return Settled(extend.seq, 0, fault="an earlier plan failed for this sequence")
         tokens = [self._last[extend.seq] if token == FROM_PREVIOUS else token for token in extend.tokens]
         for token in tokens:
             if token in self.fail:
+                self._broken.add(extend.seq)
                 return Settled(extend.seq, 0, fault=self.fail[token])
         # The first group keeps everything: what the others hold is checked against its chain.
         before = chain = None

@@ -1,4 +1,4 @@
-"""Beam search written out plainly: whole token lists, the whole vocabulary ranked at every step, no cache, no engine."""
+"""Beam search written out plainly: whole token lists, the whole vocabulary ranked at every step, no cache."""
 
 from __future__ import annotations
 
