@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millstream.cli.options import MODEL_HELP, engine_arguments, open_llm, sampling_arguments, sampling_params
@@ -21,7 +21,7 @@ HELP = """/reset            forget the conversation
 /exit             leave (so does Ctrl-D); Ctrl-C ends an answer
 /help             this"""
 
-SETTABLE = {
+SETTABLE: Mapping[str, type[int] | type[float]] = {
     "max_tokens": int,
     "temperature": float,
     "top_p": float,

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     json, debug = _has(words, "--json"), _has(words, "--debug")
     _prepare_streams()
-    warnings.showwarning = _show_warning
+    shown_before, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         status = _dispatch(words)
         sys.stdout.flush()
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _tell(error, FAILED, json, debug)
         return FAILED
+    finally:
+        warnings.showwarning = shown_before
 
 
 def parser_of(command: str) -> Parser:

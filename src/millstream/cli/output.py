@@ -7,8 +7,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from millstream.models.hub import Progress
 
 _out: TextIO | None = None
 
@@ -89,7 +92,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[object]], right: 
 
 
 @contextlib.contextmanager
-def download_progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
+def download_progress(name: str) -> Iterator[Progress]:
     """A progress callback for pulls: a bar where stderr is a terminal, a line every few seconds elsewhere."""
     if not sys.stderr.isatty():
         yield _plain_progress(name)
@@ -97,7 +100,7 @@ def download_progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
     bar: Any = None
     task: Any = None
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(stage: str, done_bytes: int, total_bytes: int) -> None:
         nonlocal bar, task
         if bar is None:
             # Only a download pays for rich: models that are here open without it.
@@ -121,7 +124,7 @@ def download_progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
             )
             task = bar.add_task(name, total=None)
             bar.start()
-        bar.update(task, description=f"{name}: {stage}", completed=done, total=total or None)
+        bar.update(task, description=f"{name}: {stage}", completed=done_bytes, total=total_bytes or None)
 
     try:
         yield show
@@ -130,20 +133,20 @@ def download_progress(name: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.stop()
 
 
-def _plain_progress(name: str, every_s: float = 5.0) -> Callable[[str, int, int], None]:
+def _plain_progress(name: str, every_s: float = 5.0) -> Progress:
     last_stage, last_s, last_done = "", 0.0, 0
 
-    def show(stage: str, done: int, total: int) -> None:
+    def show(stage: str, done_bytes: int, total_bytes: int) -> None:
         nonlocal last_stage, last_s, last_done
         now = time.monotonic()
         if stage == last_stage and now - last_s < every_s:
             return
         rate = ""
-        if stage == last_stage and done > last_done:
-            rate = f", {size_in_words((done - last_done) / (now - last_s))}/s"
-        share = f" of {size_in_words(total)}" if total else ""
-        note(f"{name}: {stage} {size_in_words(done)}{share}{rate}")
-        last_stage, last_s, last_done = stage, now, done
+        if stage == last_stage and done_bytes > last_done:
+            rate = f", {size_in_words((done_bytes - last_done) / (now - last_s))}/s"
+        share = f" of {size_in_words(total_bytes)}" if total_bytes else ""
+        note(f"{name}: {stage} {size_in_words(done_bytes)}{share}{rate}")
+        last_stage, last_s, last_done = stage, now, done_bytes
 
     return show
 
