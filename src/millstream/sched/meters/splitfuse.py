@@ -32,22 +32,21 @@ class SplitFuse:
     def __init__(self, config: Config, ledger: Ledger) -> None:
         self.config = config
         self._left = 0
-        self._decodes = 0
+        self._decodes: set[int] = set()
 
     def begin(self, view: LoadView) -> None:
         self._left = min(self.config.budget, view.budget.tokens or self.config.budget)
         # Decodes that the loop has not come to yet: a prompt that ranks before them must leave them room.
-        self._decodes = sum(seq.left == 1 and not seq.gated for seq in view.running)
+        self._decodes = {seq.id for seq in view.running if seq.left == 1 and not seq.gated}
 
     def fit(self, seq: Sequence, n: int) -> int:
-        if seq.left == 1:
+        if seq.id in self._decodes:
             return min(n, self._left)
-        return max(0, min(n, self._left - self._decodes))
+        return max(0, min(n, self._left - len(self._decodes)))
 
     def take(self, seq: Sequence, n: int) -> None:
         self._left -= n
-        if seq.left == 1:
-            self._decodes = max(0, self._decodes - 1)
+        self._decodes.discard(seq.id)
 
 
 CARD = Card("splitfuse", "a fixed token budget a step, prompts chunked to fill it", paper=19)
