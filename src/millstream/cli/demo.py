@@ -7,7 +7,7 @@ import io
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ DEFAULT_MODEL = "smollm2-135m"
 WIDTH = 112
 SHOWN_REQUESTS, SHOWN_STEPS = 10, 6
 WINDOW_S = 2.0
+REFRESH_S = 0.2
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +115,8 @@ class View:
     done: set[int] = field(default_factory=set)
     steps: deque[tuple[float, Any]] = field(default_factory=lambda: deque(maxlen=4096))
     started_s: float = field(default_factory=time.perf_counter)
+    stats: Mapping[str, int] = field(default_factory=dict)
+    counted_s: float = 0.0
     peak_running: int = 0
     peak: Any = None
 
@@ -121,7 +124,12 @@ class View:
         from millstream.core.events import Stepped
 
         if isinstance(event, Stepped):
-            self.steps.append((time.perf_counter(), event))
+            now = time.perf_counter()
+            self.steps.append((now, event))
+            # Counted here, between two steps: only the engine's thread may look into the ledger.
+            if now - self.counted_s > REFRESH_S / 2 or not event.running:
+                self.counted_s = now
+                self.stats = self.llm.assembled.engine.scheduler.ledger.stats()
 
     def show(self, place: int, piece: str) -> None:
         self.texts[place] = self.texts.get(place, "") + piece
@@ -143,11 +151,9 @@ class View:
         from rich.table import Table
         from rich.text import Text
 
-        engine = self.llm.assembled.engine
-        ledger = engine.scheduler.ledger
-        stats = ledger.stats()
-        total = sum(ledger.total(group.name) for group in ledger.groups)
-        used, idle = stats["used_blocks"], stats["idle_blocks"]
+        stats = self.stats
+        total = sum(self.llm.assembled.resolved.blocks.values())
+        used, idle = stats.get("used_blocks", 0), stats.get("idle_blocks", 0)
         steps = list(self.steps)
         last = steps[-1][1] if steps else None
         arrived = sum(ask.at_s <= time.perf_counter() - self.started_s for ask in self.asks)
@@ -163,7 +169,7 @@ class View:
             Text.assemble(("prompt ", "dim"), (f"{prefill:>5.0f} tok/s", "cyan")),
             Text.assemble(("output ", "dim"), (f"{decode:>5.0f} tok/s", "bold magenta")),
         )
-        query, hit = stats["prefix_query_tokens"], stats["prefix_hit_tokens"]
+        query, hit = stats.get("prefix_query_tokens", 0), stats.get("prefix_hit_tokens", 0)
         kv = Text.assemble(
             ("KV blocks ", "dim"),
             *_bar([(used, "green"), (idle, "blue")], total, 40),
@@ -238,7 +244,7 @@ def _drive(llm: LLM, asks: Sequence[Ask], view: View, quiet: bool) -> LoadRun:
         if sys.stdout.isatty():
             from rich.live import Live
 
-            with Live(get_renderable=view.render, refresh_per_second=8, transient=True):
+            with Live(get_renderable=view.render, refresh_per_second=1 / REFRESH_S, transient=True):
                 return run_load(llm, asks, words=True, show=show, finished=view.done.add)
         last = time.perf_counter()
 
