@@ -339,6 +339,29 @@ def test_a_contiguous_reservation_is_one_run_that_stays_through_its_life() -> No
     books.check()
 
 
+def test_what_is_computed_instead_after_a_rollback_is_found_under_its_own_past_only() -> None:
+    books = ledger(2)
+    seq = sequence(1, [1, 2, 3, 4, 5, 6])
+    compute(books, seq, 6)
+    books.rollback(seq, 2)
+    seq.computed = 2
+    seq.tokens[2:] = [30, 40, 50, 60, 70, 80]
+    compute(books, seq, 6, 1.0)
+    assert found(books, [1, 2, 30, 40, 50, 60, 70, 80]) == 8
+    assert found(books, [1, 2, 3, 4, 5, 6, 70, 80]) == 6
+
+
+def test_what_a_fork_computes_is_found_under_its_own_past_only() -> None:
+    books = ledger(2)
+    parent, child = sequence(1, [1, 2, 3, 4, 5, 6]), sequence(2, [1, 2, 30, 40, 50, 60, 70, 80])
+    compute(books, parent, 6)
+    books.fork(parent, child, 2)
+    child.computed = 2
+    compute(books, child, 6, 1.0)
+    assert found(books, [1, 2, 30, 40, 50, 60, 70, 80]) == 8
+    assert found(books, [1, 2, 3, 4, 5, 6, 70, 80]) == 6
+
+
 def test_a_rollback_keeps_of_a_reservation_only_what_nobody_else_holds() -> None:
     books = ledger(1, blocks=12)
     seq = sequence(1, list(range(9)))

@@ -123,8 +123,8 @@ class Radix:
     def match(self, key: Hashable, tokens: Sequence[int], now: float, limit: int | None = None) -> PrefixHit:
         """The longest held prefix of the first `limit` tokens, in O(blocks of the prefix).
 
-        Where several blocks share the same part of the last block's tokens and one of them is a hole, a hit may be
-        shorter than the best by less than a block.
+        With WINDOW groups it may miss the longest: a path whose block was given up is followed all the same, though a
+        neighbour that shares a part of that block's tokens would have done.
         """
         self._now = now
         stop = len(tokens) if limit is None else min(limit, len(tokens))
