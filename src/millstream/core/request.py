@@ -218,6 +218,7 @@ class Request:
 
     def check(self, limits: Limits) -> None:
         """Raises BadRequest when this engine cannot take the request, whatever its load."""
+        self._check_types()
         if self.kind not in limits.kinds:
             raise BadRequest("kind", self.kind.value, ", ".join(sorted(k.value for k in limits.kinds)))
         if any(isinstance(segment, Vectors) for segment in self.prompt):
@@ -253,3 +254,20 @@ class Request:
             raise BadRequest(
                 "adapter", self.adapter, ", ".join(sorted(limits.adapters)) or "none: no adapter is loaded"
             )
+
+    def _check_types(self) -> None:
+        # A wrong type found later would be found by the scheduler, in the midst of everybody's step.
+        if not isinstance(self.kind, Kind):
+            raise BadRequest("kind", self.kind, ", ".join(f"Kind.{kind.name}" for kind in Kind))
+        if self.decode is not None and not isinstance(self.decode, Choice):
+            raise BadRequest("decode", self.decode, "a Choice of a decode method, such as Choice('beam', {'width': 4})")
+        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
+            raise BadRequest("priority", self.priority, "an integer")
+        for name in ("tenant", "adapter", "cache_salt", "label"):
+            if not isinstance(getattr(self, name), str):
+                raise BadRequest(name, getattr(self, name), "a string")
+        for name, kind in (("params", SamplingParams), ("slo", Slo), ("hints", Hints)):
+            if not isinstance(getattr(self, name), kind):
+                raise BadRequest(name, getattr(self, name), f"{kind.__name__}")
+        if self.program is not None and not isinstance(self.program, Program):
+            raise BadRequest("program", self.program, "a Program")

@@ -9,6 +9,7 @@ from millstream.core.registry import Card, Choice
 
 DTYPES = ("float32", "bfloat16")
 PREEMPTION = ("recompute", "swap")
+OPS = ("auto", "ref")
 
 
 def check(config: EngineConfig) -> None:
@@ -17,6 +18,8 @@ def check(config: EngineConfig) -> None:
         raise UnknownName("dtype (model.dtype)", config.model.dtype, DTYPES)
     if config.sched.preemption not in PREEMPTION:
         raise UnknownName("preemption (sched.preemption)", config.sched.preemption, PREEMPTION)
+    if config.runner.ops not in OPS:
+        raise UnknownName("choice of ops (runner.ops)", config.runner.ops, OPS)
     if not config.sched.policies:
         raise ConfigError("sched.policies is empty; the plainest order is fcfs")
     chosen: dict[str, Card] = {}

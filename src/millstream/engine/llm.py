@@ -171,6 +171,8 @@ class LLM(_Front):
         **given: Any,
     ) -> list[RequestOutput]:
         """Answers to one chat (a list of messages) or several. Raises BadRequest, also for a model without template."""
+        if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+            raise BadRequest("messages", messages, "a list of messages such as {'role': 'user', 'content': 'Hello'}")
         chats: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prepared = [(None, self.chat_ids(chat, chat_template, add_generation_prompt)) for chat in chats]
         return self._run(prepared, self._params(sampling_params, len(chats)), progress, given)
@@ -261,6 +263,8 @@ class LLM(_Front):
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams):
             return [given] * count
+        if not isinstance(given, Sequence) or not all(isinstance(own, SamplingParams) for own in given):
+            raise BadRequest("sampling_params", given, "SamplingParams, or a list of them")
         if len(given) != count:
             raise BadRequest("sampling_params", f"{len(given)} of them", f"one, or one for each of {count} prompts")
         return list(given)

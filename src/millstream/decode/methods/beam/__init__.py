@@ -4,6 +4,7 @@ PagedAttention, section 4.4: beams share blocks by reference, and a block is cop
 to it. The score of a hypothesis is its summed logprob over its length to the power of `length_penalty`.
 """
 
+import math
 from dataclasses import dataclass
 
 from millstream.core.registry import Card
@@ -18,8 +19,12 @@ class Config:
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.width <= 64:
-            raise ValueError(f"width must be from 1 to 64, got {self.width}")
+        if type(self.width) is not int or not 1 <= self.width <= 64:
+            raise ValueError(f"width must be an integer from 1 to 64, got {self.width!r}")
+        if type(self.length_penalty) not in (int, float) or not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty!r}")
+        if type(self.early_stopping) is not bool:
+            raise ValueError(f"early_stopping must be true or false, got {self.early_stopping!r}")
 
 
 CARD = Card("beam", "beam search over forks of the KV", paper=11)
