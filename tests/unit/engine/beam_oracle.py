@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from millstream.core.plan import SampleAsk
 from millstream.core.request import SamplingParams
@@ -26,6 +26,7 @@ def search(
     length_penalty: float = 1.0,
     early_stopping: bool = False,
     min_tokens: int = 0,
+    ranked: Callable[[Sequence[int], int], list[tuple[float, int]]] = ranked,
 ) -> list[tuple[float, list[int]]]:
     """The `width` best outputs with their summed logprobs, best first."""
 
