@@ -69,10 +69,9 @@ demo: .venv/model
 	@$(BIN)/millstream demo $(DEMO_ARGS)
 
 lint: .venv/test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	@status=0; for one in "ruff check ." "ruff format --check ." mypy lint-imports; do \
+	    echo "$$one"; $(BIN)/$$one || status=1; \
+	done; exit $$status
 
 format: .venv/test
 	$(BIN)/ruff check --fix .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 import time
 from collections import deque
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m"
 WIDTH = 112
 SHOWN_REQUESTS, SHOWN_STEPS = 10, 6
+# Columns of the live view, in characters.
+ASKED, ANSWERED = 38, 52
 WINDOW_S = 2.0
 REFRESH_S = 0.2
 
@@ -117,7 +120,7 @@ class View:
     started_s: float = field(default_factory=time.perf_counter)
     stats: Mapping[str, int] = field(default_factory=dict)
     counted_s: float = 0.0
-    peak_running: int = 0
+    peak_busy: tuple[int, int] = (0, 0)
     peak: Any = None
 
     def hear(self, event: Event) -> None:
@@ -173,9 +176,9 @@ class View:
         kv = Text.assemble(
             ("KV blocks ", "dim"),
             *_bar([(used, "green"), (idle, "blue")], total, 40),
-            f" {used} used, {idle} kept for prefixes, of {total}",
+            f" {used} used, {idle} kept for prefixes, of {total:,}",
             ("   prefix hits ", "dim"),
-            f"{hit / query if query else 0:.0%} of prompt tokens",
+            f"{hit / query if query else 0:.0%}",
         )
         strip = Table.grid(padding=(0, 1))
         widest = max((step.tokens for _, step in steps[-SHOWN_STEPS:]), default=1)
@@ -192,16 +195,15 @@ class View:
                 ),
             )
         table = Table(box=None, expand=True, show_header=False, padding=(0, 1))
-        table.add_column(width=11, no_wrap=True)
-        table.add_column(ratio=2, no_wrap=True)
-        table.add_column(ratio=3, no_wrap=True)
+        for width in (11, ASKED, ANSWERED):
+            table.add_column(width=width, no_wrap=True)
         live = [place for place in list(self.texts) if place not in self.done][-SHOWN_REQUESTS:]
         for place in live:
             answer = " ".join(self.texts[place].split())
             table.add_row(
                 Text(self.prompts[place].kind, style="dim"),
-                Text(_first_words(self.prompts[place].text, 42)),
-                Text(answer[-58:], style="bold"),
+                Text(_first_words(self.prompts[place].text, ASKED)),
+                Text(answer[-ANSWERED:], style="bold"),
             )
         for _ in range(SHOWN_REQUESTS - len(live)):
             table.add_row("", "", "")
@@ -216,11 +218,14 @@ class View:
         )
 
     def remember_peak(self) -> None:
-        """Keeps a picture of the busiest moment."""
-        last = self.steps[-1][1] if self.steps else None
-        if last is not None and last.running >= self.peak_running and len(self.steps) >= SHOWN_STEPS:
-            self.peak_running = last.running
-            self.peak = self.render()
+        """Keeps a picture of the busiest moment, one where prompts are computed beside answers if there is one."""
+        shown = [step for _, step in list(self.steps)[-SHOWN_STEPS:]]
+        if len(shown) < SHOWN_STEPS:
+            return
+        mixed = sum(0 < step.prompt_tokens < step.tokens for step in shown)
+        busy = (min(mixed, 2), shown[-1].running)
+        if busy >= self.peak_busy:
+            self.peak_busy, self.peak = busy, self.render()
 
 
 def _drive(llm: LLM, asks: Sequence[Ask], view: View, quiet: bool) -> LoadRun:
@@ -343,6 +348,7 @@ def _print_summary(llm: LLM, report: LoadReport, loaded_s: float) -> None:
 
 
 def _save_svg(path: Path, view: View, llm: LLM, report: LoadReport, loaded_s: float) -> None:
+    from rich._export_format import CONSOLE_SVG_FORMAT
     from rich.console import Console
 
     console: Console = Console(
@@ -357,7 +363,14 @@ def _save_svg(path: Path, view: View, llm: LLM, report: LoadReport, loaded_s: fl
         console.print(view.peak)
     console.print(_summary(llm, report, loaded_s))
     path.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(path), title=f"millstream demo {llm.model}")
+    # Without the fonts that rich links to: a picture must not load anything.
+    form = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    path.write_text(
+        console.export_svg(title=f"millstream demo {llm.model}", code_format=form).replace(
+            "Fira Code, monospace", "Fira Code, ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace"
+        ),
+        encoding="utf-8",
+    )
 
 
 def _as_json(
