@@ -132,7 +132,7 @@ def parse_bytes(value: int | str, where: str) -> int:
     unit = text[len(number) :]
     try:
         count = int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ConfigError(f"{where}: got {value!r}, allowed is a size such as 4GiB, 512MB or 1000000") from None
     if count <= 0:
         raise ConfigError(f"{where}: got {value!r}, allowed is a positive size")
