@@ -278,6 +278,12 @@ class Ledger:
                 seq.holdings[name] = Holding(name, (*table, *got[name]), holding.length)
         return True
 
+    def has_run(self, num_tokens: int) -> bool:
+        """Whether each group has free blocks in a row for `num_tokens` tokens, without evicting anything."""
+        return all(
+            self._pools[group.name].find_run(self._num_blocks(group, num_tokens)) is not None for group in self.groups
+        )
+
     def settle(self, seq: Sequence, now: float) -> None:
         """After `seq.computed` advanced: remembers its new full blocks, gives up those behind the windows.
 

@@ -145,6 +145,6 @@ def test_random_beam_searches_beside_plain_requests():
 
 def test_a_width_out_of_bounds_is_refused_before_anything_runs():
     bench = Bench()
-    with pytest.raises(ConfigError, match="width must be .*from 1 to 64"):
+    with pytest.raises(ConfigError, match=r"width must be .*from 1 to 64"):
         add_beam(bench, width=0)
     assert not bench.engine.busy
