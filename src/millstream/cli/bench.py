@@ -27,6 +27,9 @@ KINDS = {
     "knee": "seconds against tokens a step; sets the automatic sched.step_tokens",
 }
 
+# Repeats that lie further apart than this (slowest over quickest) do not place a knee well.
+NOISY = 1.5
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -180,6 +183,8 @@ def _knee(args: argparse.Namespace, llm: LLM) -> int:
     path = knee_file(llm.assembled.source)
     value = {**knee.as_json(), "model": llm.model, "formats": _formats(llm), **_machine()}
     write_atomically(path, json.dumps(value).encode())
+    if any(point.high > NOISY * point.low for point in knee.curve):
+        note("the repeats differ much: something else was running; measure again when the machine is quiet")
     if args.plot is not None:
         _plot(knee, args.plot, llm.model)
     if args.json:
