@@ -339,6 +339,20 @@ def test_beam_search_finds_what_a_naive_one_finds(subject):
         assert abs(score - want) <= subject.kernels.oracle_atol * steps
 
 
+def test_what_lies_in_blocks_beyond_a_sequence_is_never_looked_at(subject):
+    # Not even multiplied by zero: a broken request may have left anything there.
+    for options in ({}, {"budget": 5}, {"blocks": 9}):
+        bench = subject.bench(**options)
+        for pages in bench.runner.pages.values():
+            pages.k.fill_(float("nan"))
+            pages.v.fill_(float("nan"))
+        heard = [bench.add(subject.prompt(length, length), greedy(9)) for length in (1, 6, 19, 34)]
+        bench.run()
+        for one in heard:
+            subject.judge(one, 9)
+        bench.close()
+
+
 def test_the_bench_would_notice_a_cache_that_lies(subject):
     # The suite's own alarm: another block's bytes in the place of a shared prefix must not pass.
     bench = subject.bench()

@@ -49,13 +49,13 @@ def test_batch_chunks_and_prefix_of_a_real_model_equal_alone(real_subject, ids):
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_preempted_and_aborted_neighbours_of_a_real_model_equal_alone(real_subject, ids, preemption):
     size = real_subject.block_size
-    bench = real_subject.bench(blocks=5, host_blocks=8, preemption=preemption, budget=24, plans=2)
-    heard = [bench.add(ids[i : i + 2 * size - 2], greedy(size)) for i in range(3)]
-    gone = bench.add(ids[: 2 * size], sampled(1, size))
+    bench = real_subject.bench(blocks=5, host_blocks=8, preemption=preemption, budget=3 * size, plans=2)
+    heard = [bench.add(ids[i : i + size - 2], greedy(size + 5)) for i in range(3)]
+    gone = bench.add(ids[10 : 10 + size], sampled(1, size))
     bench.run(between=lambda step: bench.engine.abort(gone.request.id) if step == 7 else None)
     assert bench.preemptions > 0
     for one in heard:
-        real_subject.judge(one, size)
+        real_subject.judge(one, size + 5)
     bench.close()
 
 

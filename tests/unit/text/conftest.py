@@ -14,6 +14,7 @@ import pytest
 
 from millstream.text.from_gguf import load_tokenizer
 from millstream.text.tokenizer import Tokenizer
+from real import model_path
 
 LANGUAGES = """
 English: The quick brown fox jumps over the lazy dog; it's what we'd've done, isn't it? I'LL SAY.
@@ -85,17 +86,6 @@ SPELLED = [
 ]
 
 CORPUS = [*LANGUAGES, *SYMBOLS, *CODE, *SPELLED, "\n".join(LANGUAGES)]
-
-
-def model_path(name: str) -> Path:
-    """The GGUF file of a named model; skips the test when it is not on this machine."""
-    folder = os.environ.get("MILLSTREAM_TEST_MODELS")
-    if not folder:
-        pytest.skip("MILLSTREAM_TEST_MODELS does not name a folder of GGUF models")
-    path = Path(folder) / f"{name}.gguf"
-    if not path.is_file():
-        pytest.skip(f"the model {name} is not on this machine")
-    return path
 
 
 @functools.cache
