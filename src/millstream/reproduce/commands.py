@@ -71,22 +71,24 @@ def papers_command(json: bool = False) -> int:
 
     table = Table(header_style="bold", box=None, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
-    for title in ("name", "technique", "room", "switch"):
-        table.add_column(title, overflow="fold")
-    for title in ("state", "measured"):
-        table.add_column(title, no_wrap=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("measured", no_wrap=True)
+    for title in ("technique", "room", "switch"):
+        table.add_column(title, no_wrap=True, overflow="ellipsis")
     for one in standings:
         paper, colour = one.paper, COLOURS[one.state]
         table.add_row(
             str(paper.number),
             paper.name,
+            f"[{colour}]{one.state}[/{colour}]",
+            one.measured or "-",
             paper.short,
             paper.room,
             paper.switch.replace("`", ""),
-            f"[{colour}]{one.state}[/{colour}]",
-            one.measured or "-",
         )
-    console = Console()
+    # Where nobody looks at a window's width, nothing is cut.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)
     count = Counter(one.state for one in standings)
     console.print(f"\n{len(PAPERS)} papers: " + ", ".join(f"{n} {state}" for state, n in count.most_common()))
