@@ -70,10 +70,13 @@ def papers_command(json: bool = False) -> int:
     from rich.table import Table
 
     table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("#", justify="right", style="dim")
-    table.add_column("name", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("measured", no_wrap=True)
+    table.add_column("#", justify="right", style="dim", min_width=2)
+    for title, width in (
+        ("name", max(len(paper.name) for paper in PAPERS)),
+        ("state", len("not yet")),
+        ("measured", len("2026-01-01")),
+    ):
+        table.add_column(title, no_wrap=True, min_width=width)
     for title in ("technique", "room", "switch"):
         table.add_column(title, no_wrap=True, overflow="ellipsis")
     for one in standings:
@@ -88,7 +91,7 @@ def papers_command(json: bool = False) -> int:
             paper.switch.replace("`", ""),
         )
     # Where nobody looks at a window's width, nothing is cut.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=300)
     console.print(table)
     count = Counter(one.state for one in standings)
     console.print(f"\n{len(PAPERS)} papers: " + ", ".join(f"{n} {state}" for state, n in count.most_common()))
