@@ -77,8 +77,12 @@ def papers_command(json: bool = False) -> int:
         ("measured", len("2026-01-01")),
     ):
         table.add_column(title, no_wrap=True, min_width=width)
-    for title in ("technique", "room", "switch"):
-        table.add_column(title, no_wrap=True, overflow="ellipsis")
+    # Where nobody looks at a window's width, nothing is cut. In one, rich would sooner drop whole columns than cut these.
+    console = Console() if sys.stdout.isatty() else Console(width=300)
+    spare = max(30, console.width - 48)
+    for title, share in (("technique", 0.4), ("room", 0.25), ("switch", 0.35)):
+        width = int(spare * share) if sys.stdout.isatty() else None
+        table.add_column(title, no_wrap=True, overflow="ellipsis", max_width=width)
     for one in standings:
         paper, colour = one.paper, COLOURS[one.state]
         table.add_row(
@@ -90,8 +94,6 @@ def papers_command(json: bool = False) -> int:
             paper.room,
             paper.switch.replace("`", ""),
         )
-    # Where nobody looks at a window's width, nothing is cut.
-    console = Console() if sys.stdout.isatty() else Console(width=300)
     console.print(table)
     count = Counter(one.state for one in standings)
     console.print(f"\n{len(PAPERS)} papers: " + ", ".join(f"{n} {state}" for state, n in count.most_common()))
