@@ -77,7 +77,7 @@ def papers_command(json: bool = False) -> int:
         ("measured", len("2026-01-01")),
     ):
         table.add_column(title, no_wrap=True, min_width=width)
-    # Where nobody looks at a window's width, nothing is cut. In one, rich would sooner drop whole columns than cut these.
+    # Where nobody looks at a window's width, nothing is cut. In one, rich would sooner drop whole columns than cut.
     console = Console() if sys.stdout.isatty() else Console(width=300)
     spare = max(30, console.width - 48)
     for title, share in (("technique", 0.4), ("room", 0.25), ("switch", 0.35)):
