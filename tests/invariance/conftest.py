@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from tolerances import KERNELS, Kernels
 
 import real
@@ -104,6 +105,13 @@ def _alone(subject: Subject, ids: tuple[int, ...], key: _Key) -> Heard:
     bench.run()
     bench.close()
     return heard
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request: Any) -> None:
+    # Their products are so small that a second thread is only waited for, and for long where cores are shared.
+    if "real_subject" not in request.fixturenames:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=KERNELS, ids=lambda kernels: kernels.name)
