@@ -108,10 +108,9 @@ def _alone(subject: Subject, ids: tuple[int, ...], key: _Key) -> Heard:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_for_tiny_models(request: Any) -> None:
-    # Their products are so small that a second thread is only waited for, and for long where cores are shared.
-    if "real_subject" not in request.fixturenames:
-        torch.set_num_threads(1)
+def _one_thread() -> None:
+    # The products are so small that a second thread is only waited for, and for long where cores are shared.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=KERNELS, ids=lambda kernels: kernels.name)
