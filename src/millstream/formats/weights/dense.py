@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from millstream.core.errors import ConfigError
 from millstream.core.registry import Card
 from millstream.formats.weights.protocol import Packed
+from millstream.ops.cpu import linear as _few_rows  # noqa: F401 - registers the form for few rows
 from millstream.ops.ref.linear import linear
+from millstream.ops.table import Ask
 
 CARD = Card("dense", "Weights as they are: float32, bfloat16 or float16.")
 
@@ -45,7 +48,13 @@ class Dense:
         return packed["weight"]
 
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
-        return linear(x, packed.parts["weight"], packed.parts.get("bias"))
+        weight = packed.parts["weight"]
+        return linear.resolve(_ask(weight.device.type, weight.dtype))(x, weight, packed.parts.get("bias"))
+
+
+@functools.cache
+def _ask(device: str, dtype: torch.dtype) -> Ask:
+    return Ask(device, dtype)
 
 
 PLUGIN = Dense
