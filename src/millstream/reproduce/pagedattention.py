@@ -204,7 +204,7 @@ class PagedAttention(Experiment):
             gaps = _gaps(records)
             for preemption, host in (("recompute", 0), ("swap", 512)):
                 # About half of what they need at once: somebody has to give way.
-                engine = self._engine(self._meters("paged"), 30, preemption, host)
+                engine = self._engine(self._meters("paged"), ctx.size(30, 12), preemption, host)
                 crowd, _ = run(engine, params, decode, len(prompts))
                 same, near, preempted = 0, 0, sum(t.preemptions for t in crowd.timelines)
                 for a, b in zip(_ordered(alone), _ordered(crowd), strict=True):

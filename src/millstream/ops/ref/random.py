@@ -28,10 +28,7 @@ def uniform(seed: int, index: int, position: int, draw: int = 0) -> float:
 
 def bits(seed: int, index: int, position: int, draw: int = 0) -> int:
     """The 64 bits behind `uniform`."""
-    h = 0
-    for word in (seed, index, position, draw):
-        h = _mix(((h ^ (word & _WORD)) + _GAMMA) & _WORD)
-    return h
+    return _mix(((bits_before(seed, index, position) ^ (draw & _WORD)) + _GAMMA) & _WORD)
 
 
 def uniform_rows(
@@ -42,6 +39,20 @@ def uniform_rows(
     for word in (seed, index, position, torch.as_tensor(draw, dtype=torch.int64, device=seed.device)):
         h = _mix_rows((h ^ word) + _signed(_GAMMA))
     return _shift(h, 11).double() * 2.0**-53
+
+
+def uniform_draws(seed: int, index: int, position: int, draws: torch.Tensor) -> torch.Tensor:
+    """`uniform` of one sampled token for each of `draws` (N,) int64 -> (N,) float64, equal to the last bit."""
+    h = bits_before(seed, index, position)
+    return _shift(_mix_rows((draws ^ _signed(h)) + _signed(_GAMMA)), 11).double().mul_(2.0**-53)
+
+
+def bits_before(seed: int, index: int, position: int) -> int:
+    """The state after (seed, index, position), to which a draw is absorbed."""
+    h = 0
+    for word in (seed, index, position):
+        h = _mix(((h ^ (word & _WORD)) + _GAMMA) & _WORD)
+    return h
 
 
 def _mix(z: int) -> int:

@@ -2,19 +2,21 @@
 
 Shapes: R rows that sample in this step, V vocabulary.
 
-A token is the inverse of the cumulative distribution, in token-id order, at one uniform number that is a function of
-(seed, index, position) alone. So a seed gives the same text whoever shares the batch.
+A token is drawn by the Gumbel-max trick: to each logprob is added noise that is a function of (seed, index, position,
+token) alone, and the largest wins. So a seed gives the same text whoever shares the batch, in float arithmetic too:
+walking the cumulative distribution would let a rounding error of 1e-6 pick a neighbour whenever the tail is hit.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Seq
 
 import torch
 
 from millstream.core import registry
 from millstream.core.plan import Logprob, SampleAsk, TokenLogprobs
-from millstream.ops.ref.random import uniform
+from millstream.ops.ref.random import uniform_draws
 
 # Enough candidates for nearly every top-p set; rows that need more sort the whole vocabulary.
 _TOP_P_CANDIDATES = 256
@@ -80,28 +82,37 @@ def token_logprobs(logprobs: torch.Tensor, token: int, top: int) -> TokenLogprob
 
 def _sample(logits: torch.Tensor, ask: SampleAsk) -> int:
     params = ask.params
-    # float64: the walk along 150,000 probabilities must not depend on how a sum was split.
     scaled = logits.double() / params.temperature
+    ids = _all_ids(scaled.shape[0])
     if 0 < params.top_k < scaled.shape[0]:
-        smallest = torch.topk(scaled, params.top_k).values[-1]
-        scaled = scaled.masked_fill(scaled < smallest, -torch.inf)
-    probs = torch.softmax(scaled, dim=-1)
-    if params.min_p > 0:
-        probs = probs.masked_fill(probs < params.min_p * probs.max(), 0.0)
-    if params.top_p < 1:
-        probs = probs / probs.sum()
-        probs = probs.masked_fill(probs < _top_p_floor(probs, params.top_p), 0.0)
-    walk = torch.cumsum(probs, dim=-1)
-    target = uniform(ask.seed, ask.index, ask.position) * walk[-1]
-    # right=True: the first token whose cumulated probability exceeds the target, so none of probability 0.
-    return min(int(torch.searchsorted(walk, target, right=True)), int(torch.nonzero(probs)[-1]))
+        # Ties with the last of them stay: which of equals is cut must not depend on a sort.
+        kept = scaled >= torch.topk(scaled, params.top_k).values[-1]
+        scaled, ids = scaled[kept], ids[kept]
+    logprobs = torch.log_softmax(scaled, dim=-1)
+    if params.min_p > 0 or params.top_p < 1:
+        probs = logprobs.exp()
+        kept = probs >= params.min_p * probs.max()
+        if params.top_p < 1:
+            probs = torch.where(kept, probs, 0.0)
+            kept &= probs >= _top_p_floor(probs, params.top_p)
+        logprobs, ids = logprobs[kept], ids[kept]
+    # Each token draws its own number, so the race is decided by a margin: a rounding error in a logit changes the
+    # winner only where two are that close, however flat the distribution is.
+    race = logprobs - torch.log(-torch.log(uniform_draws(ask.seed, ask.index, ask.position, ids)))
+    return int(ids[torch.argmax(race)])
+
+
+@functools.cache
+def _all_ids(vocab_size: int) -> torch.Tensor:
+    return torch.arange(vocab_size)
 
 
 def _top_p_floor(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest probability within the smallest set of tokens whose sum reaches `top_p`."""
+    """The smallest probability within the smallest set of tokens that has `top_p` of the whole sum."""
+    target = top_p * probs.sum()
     for count in (_TOP_P_CANDIDATES, probs.shape[0]):
         best = torch.topk(probs, min(count, probs.shape[0])).values
-        reached = torch.cumsum(best, dim=-1) >= top_p
+        reached = torch.cumsum(best, dim=-1) >= target
         if bool(reached.any()):
             return best[int(torch.argmax(reached.int()))]
     return best[-1]
