@@ -5,7 +5,8 @@ the longest possible run (FasterTransformer, Orca-max), a run of the next power 
 a run of the true length (Orca-oracle), or blocks on demand. All arms run the same kernels over the same pool, so the
 contiguous ones pay nothing for going through block tables and gain nothing from being contiguous.
 
-Lengths are halved so that a run fits in minutes on two cores; so is the longest sequence (1,024 tokens).
+Lengths are halved so that a run fits in minutes on two cores, and so is the longest sequence (1,024 tokens); the quick
+run divides both by eight and leaves short conversations out.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ from millstream.reproduce.protocol import (
 
 MODEL = "smollm2-135m"
 BLOCK_SIZE = 16
-# 128 MB of float32 KV at 46,080 bytes a token.
+# 128 MB of float32 KV at 46,080 bytes a token (23 MB in the quick run).
 BUDGET_BLOCKS = 128_000_000 // (46_080 * BLOCK_SIZE)
-MAX_LEN = 1024
+QUICK_BLOCKS = 23_000_000 // (46_080 * BLOCK_SIZE)
+# The longest conversation, in the data's own tokens, and by what it is divided here.
+LONGEST = 2048
 SHRINK = 2
+QUICK_SHRINK = 8
 # Two logits this close may change places when a matrix product sums in another order.
 NEAR_TIE = 1e-4
 
@@ -104,6 +108,8 @@ class PagedAttention(Experiment):
         ),
         Required("step time does not grow with the length limit", Of("paged", "table_growth"), at_most=1.25),
     )
+    # The correctness check has used every kernel by then.
+    warmup = 0
     seconds = 900.0
     sources = (
         "millstream.memory.ledger",
@@ -125,12 +131,15 @@ class PagedAttention(Experiment):
         self.ids = itertools.count(1)
         text = data.text("wikitext2-test")
         self.pool = self.model.tokenizer.encode(text[:200_000])
+        shrink = ctx.size(SHRINK, QUICK_SHRINK)
+        self.max_len = LONGEST // shrink
+        self.budget = ctx.size(BUDGET_BLOCKS, QUICK_BLOCKS)
         rows = [
-            (max(4, p // SHRINK), max(2, o // SHRINK))
+            (max(4, p // shrink), max(2, o // shrink))
             for p, o in data.lengths("sharegpt-lengths")
-            if p + o <= MAX_LEN * SHRINK and p >= 8 and o >= 4
+            if ctx.size(0, 1200) <= p + o <= LONGEST and p >= 8 and o >= 4
         ]
-        self.lengths = random.Random(ctx.seed).sample(rows, ctx.size(24, 4))
+        self.lengths = random.Random(ctx.seed).sample(rows, ctx.size(24, 3))
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import data
@@ -146,13 +155,17 @@ class PagedAttention(Experiment):
 
         config = replace(self.base, sched=replace(self.base.sched, preemption=preemption))
         resolved = replace(
-            self.model.resolved, meters=meters, blocks={"full": blocks}, host_blocks={"full": host}, max_context=MAX_LEN
+            self.model.resolved,
+            meters=meters,
+            blocks={"full": blocks},
+            host_blocks={"full": host},
+            max_context=self.max_len,
         )
         return build_engine(self.model.built.runner, self.model.spec, self.model.tokenizer, config, resolved)
 
     def _meters(self, arm: str) -> tuple[Choice, ...]:
         claims = {
-            "contiguous-max": Choice("contiguous", {"reserve": "max", "max_tokens": MAX_LEN}),
+            "contiguous-max": Choice("contiguous", {"reserve": "max", "max_tokens": self.max_len}),
             "contiguous-pow2": Choice("contiguous", {"reserve": "pow2"}),
             "contiguous-oracle": Choice("contiguous", {"reserve": "oracle"}),
             "paged": Choice("kv-blocks"),
@@ -181,7 +194,7 @@ class PagedAttention(Experiment):
 
         draw = random.Random(ctx.seed + 1)
         prompts = []
-        for _ in range(ctx.size(8, 4)):
+        for _ in range(ctx.size(8, 3)):
             start = draw.randrange(len(self.pool) - 100)
             prompts.append(tuple(self.pool[start : start + draw.randrange(20, 100)]))
         decoders: dict[str, tuple[SamplingParams, Choice | None]] = {
@@ -204,7 +217,7 @@ class PagedAttention(Experiment):
             gaps = _gaps(records)
             for preemption, host in (("recompute", 0), ("swap", 512)):
                 # About half of what they need at once: somebody has to give way.
-                engine = self._engine(self._meters("paged"), ctx.size(30, 12), preemption, host)
+                engine = self._engine(self._meters("paged"), ctx.size(30, 9), preemption, host)
                 crowd, _ = run(engine, params, decode, len(prompts))
                 same, near, preempted = 0, 0, sum(t.preemptions for t in crowd.timelines)
                 for a, b in zip(_ordered(alone), _ordered(crowd), strict=True):
@@ -228,7 +241,7 @@ class PagedAttention(Experiment):
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
         from millstream.bench.drive import drive
 
-        engine = self._engine(self._meters(arm.name), BUDGET_BLOCKS)
+        engine = self._engine(self._meters(arm.name), self.budget)
         pages = self.model.built.runner.pages["full"]
         scheduler, ledger = engine.scheduler, engine.scheduler.ledger
         used = claimed = running = 0
@@ -266,7 +279,7 @@ class PagedAttention(Experiment):
         from millstream.bench.drive import drive
 
         seconds: dict[int, list[float]] = {512: [], 8192: []}
-        for _ in range(3):
+        for _ in range(ctx.size(3, 1)):
             for limit, held in seconds.items():
                 engine = self._engine(self._meters("paged"), 1024)
                 engine.limits = replace(engine.limits, max_context=limit)
