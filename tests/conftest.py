@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import millstream  # noqa: F401 - before torch: it tells OpenMP's threads not to spin (tests/unit/core/test_threads.py)
 import real
 
 

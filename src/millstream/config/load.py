@@ -26,7 +26,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 def home() -> Path:
     """Where models, converted weights, kernels and profiles are kept: $MILLSTREAM_HOME, else ~/.cache/millstream."""
     given = os.environ.get("MILLSTREAM_HOME")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "millstream"
+    return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "millstream"
 
 
 def data_dir() -> Path | None:

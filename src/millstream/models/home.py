@@ -22,13 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from millstream.config.load import home
+
 MAX_CHECKSUMS = 4096
-
-
-def home() -> Path:
-    """The folder that everything is kept in. It is made when something is first written."""
-    chosen = os.environ.get("MILLSTREAM_HOME")
-    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "millstream"
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:

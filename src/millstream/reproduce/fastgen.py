@@ -4,9 +4,10 @@ One engine, one model, one closed loop of clients with long prompts and short an
 differs. The step size of SplitFuse is the knee of this machine's curve of tokens a second against tokens a step, which
 the experiment measures first.
 
-The paper's prompt deadline of 512 prompt tokens a second belongs to its hardware. Here it is a quarter of the prompt
-rate that this machine reaches at the knee, measured in the same run; the pace asked of generation is the paper's
-2, 4 and 6 tokens a second, as an exponential moving average. Prompts of 300 to 1,500 tokens, closed loop.
+The paper's deadlines (512 prompt tokens a second; 2, 4 and 6 generated tokens a second) belong to its hardware. Here
+they follow from what this machine does at the knee, measured in the same run: a prompt may take four times as long as
+alone, and generation must keep 50, 75 or 90 % of the pace at which full steps come, as an exponential moving average
+over the times between tokens. Prompts of 300 to 1,500 tokens (100 to 500 in the quick run), closed loop.
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ from millstream.reproduce.protocol import (
 )
 
 MODEL = "smollm2-135m"
-PROMPTS = (300, 1500)
-OUTPUTS = (32, 96)
-CLIENTS = 8
-QUICK_CLIENTS = 3
-PACES = (2.0, 4.0, 6.0)
+PROMPTS, QUICK_PROMPTS = (300, 1500), (100, 500)
+OUTPUTS, QUICK_OUTPUTS = (32, 96), (16, 32)
+CLIENTS, QUICK_CLIENTS = 10, 5
+PACES = {"effective_50_per_s": 0.5, "effective_per_s": 0.75, "effective_90_per_s": 0.9}
 EMA_WEIGHT = 0.1
 PROMPT_RATE_SHARE = 0.25
 
@@ -61,9 +61,11 @@ class FastGen(Experiment):
         Metric("itl_p95_s", "s", "lower", "95th percentile of the times between tokens"),
         Metric("itl_p99_s", "s", "lower"),
         Metric("step_cv", "", "lower", "standard deviation of step seconds over their mean, while clients wait"),
-        Metric("effective_per_s", "requests/s", "higher", "requests a second that met both deadlines at 4 tokens/s"),
-        Metric("effective_2_per_s", "requests/s", "higher"),
-        Metric("effective_6_per_s", "requests/s", "higher"),
+        Metric(
+            "effective_per_s", "requests/s", "higher", "requests a second that met both deadlines, the pace at 75 %"
+        ),
+        Metric("effective_50_per_s", "requests/s", "higher"),
+        Metric("effective_90_per_s", "requests/s", "higher"),
         Metric("output_tokens_per_s", "tokens/s", "higher"),
         Metric("ttft_p50_s", "s", "lower"),
         Metric("forwards_per_step", "", "lower"),
@@ -130,8 +132,8 @@ class FastGen(Experiment):
         self.budget, self.prompt_rate = self._knee(ctx)
         ctx.say(f"the knee is at {self.budget} tokens a step, {self.prompt_rate:.0f} prompt tokens/s")
         draw = random.Random(ctx.seed)
-        count = ctx.size(20, 5)
-        self.shapes = [(draw.randint(*PROMPTS), draw.randint(*OUTPUTS)) for _ in range(count)]
+        prompts, outputs = (QUICK_PROMPTS, QUICK_OUTPUTS) if ctx.quick else (PROMPTS, OUTPUTS)
+        self.shapes = [(draw.randint(*prompts), draw.randint(*outputs)) for _ in range(ctx.size(24, 9))]
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import data
@@ -250,9 +252,9 @@ class FastGen(Experiment):
         }
         if arm.name == "splitfuse":
             out["full_steps"] = 100 * sum(n == self.budget for n in saturated) / max(1, len(saturated))
-        for pace in PACES:
-            met = sum(self._met(t, pace) for t in run.timelines)
-            out["effective_per_s" if pace == 4.0 else f"effective_{pace:.0f}_per_s"] = met / run.seconds
+        for metric, share in PACES.items():
+            pace = share * self.prompt_rate / self.budget
+            out[metric] = sum(self._met(t, pace) for t in run.timelines) / run.seconds
         return out
 
     def _met(self, timeline: Any, pace: float) -> bool:
@@ -262,9 +264,8 @@ class FastGen(Experiment):
             return False
         average = None
         for gap in timeline.gaps_s:
-            speed = 1 / max(gap, 1e-9)
-            average = speed if average is None else EMA_WEIGHT * speed + (1 - EMA_WEIGHT) * average
-            if average < pace:
+            average = gap if average is None else EMA_WEIGHT * gap + (1 - EMA_WEIGHT) * average
+            if average > 1 / pace:
                 return False
         return True
 
