@@ -139,7 +139,7 @@ class PagedAttention(Experiment):
             for p, o in data.lengths("sharegpt-lengths")
             if ctx.size(0, 1200) <= p + o <= LONGEST and p >= 8 and o >= 4
         ]
-        self.lengths = random.Random(ctx.seed).sample(rows, ctx.size(24, 3))
+        self.lengths = random.Random(ctx.seed).sample(rows, ctx.size(14, 3))
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import data
