@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from millstream.core.registry import Card
 from millstream.memory.blocks import BlockFault, BlockPool
 
-CARD = Card("host", "keeps the blocks of preempted sequences in host memory", paper=11)
+CARD = Card("host", "keeps the blocks of preempted sequences in host memory")
 
 
 @dataclass(frozen=True, slots=True)

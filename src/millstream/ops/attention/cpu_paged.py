@@ -23,7 +23,6 @@ from millstream.ops.table import Refusal
 CARD = Card(
     name="cpu-paged",
     summary="Native paged attention on the CPU: reads K/V in place, the same bits for every batch and chunking.",
-    paper=11,
 )
 
 LAYOUT = "k-transposed"

@@ -60,7 +60,5 @@ class Contiguous:
         return max(seq.num_prompt + output, seq.known)
 
 
-CARD = Card(
-    "contiguous", "one contiguous run of KV a sequence, claimed when it enters", paper=11, needs=("prefix:none",)
-)
+CARD = Card("contiguous", "one contiguous run of KV a sequence, claimed when it enters", needs=("prefix:none",))
 PLUGIN = Contiguous

@@ -27,4 +27,4 @@ class Config:
             raise ValueError(f"early_stopping must be true or false, got {self.early_stopping!r}")
 
 
-CARD = Card("beam", "beam search over forks of the KV", paper=11)
+CARD = Card("beam", "beam search over forks of the KV")

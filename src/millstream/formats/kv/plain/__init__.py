@@ -31,6 +31,5 @@ def element_bytes(dtype: str) -> int:
 CARD = Card(
     name="plain",
     summary="Keys and values as they are, float32 or bfloat16, in blocks that attention reads in place.",
-    paper=11,
     error="none in float32; bfloat16 keeps 8 significant bits",
 )
