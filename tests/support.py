@@ -240,10 +240,10 @@ class Bench:
 # -- the oracle's judgement
 
 
-def sampling_interval(row: torch.Tensor, params: SamplingParams, token: int) -> tuple[float, float]:
-    """Where `token` lies on the cumulated distribution of a row of logits, for plain temperature sampling."""
-    walk = torch.cumsum(torch.softmax(row.double() / params.temperature, -1), -1)
-    return float(walk[token - 1]) if token else 0.0, float(walk[token])
+def sampling_race(row: torch.Tensor, params: SamplingParams, index: int, position: int) -> torch.Tensor:
+    """Logprob and Gumbel noise of every token, for plain temperature sampling: the largest wins."""
+    numbers = torch.tensor([uniform(params.seed, index, position, token) for token in range(row.shape[0])]).double()
+    return torch.log_softmax(row.double() / params.temperature, -1) - torch.log(-torch.log(numbers))
 
 
 def judge(
@@ -257,7 +257,7 @@ def judge(
     """Holds one output, its logprobs and its alternatives to the naive generator.
 
     Greedy rows take the oracle's best token unless its two best are within `near_tie`. Sampled ones (temperature only)
-    take the token at their counter-based random number, to `near_tie` of probability. Raises AssertionError.
+    take the winner of the race with their counter-based noise, to `near_tie` of it. Raises AssertionError.
     """
     request = heard.request
     params, ids, tokens = request.params, request.prompt_ids, heard.tokens(index)
@@ -278,9 +278,9 @@ def judge(
                 f"{where}: {token}, the oracle has {best.indices[0]} by {gap:.2e}"
             )
         else:
-            lo, hi = sampling_interval(row, params, token)
-            number = uniform(params.seed, index, len(ids) + at)
-            assert lo - near_tie <= number <= hi + near_tie, f"{where}: {token} at {lo}..{hi}, drawn was {number}"
+            race = sampling_race(row, params, index, len(ids) + at)
+            behind = float(race.max() - race[token])
+            assert behind <= near_tie, f"{where}: {token} is {behind:.2e} behind the winner {int(race.argmax())}"
         if told:
             close(told[at], row, token, atol, near_tie, where)
 

@@ -38,7 +38,7 @@ from millstream.reproduce.protocol import (
 MODEL = "smollm2-135m"
 PROMPTS, QUICK_PROMPTS = (300, 1500), (100, 500)
 OUTPUTS, QUICK_OUTPUTS = (32, 96), (16, 32)
-CLIENTS, QUICK_CLIENTS = 10, 5
+CLIENTS, QUICK_CLIENTS = 8, 5
 PACES = {"effective_50_per_s": 0.5, "effective_per_s": 0.75, "effective_90_per_s": 0.9}
 EMA_WEIGHT = 0.1
 PROMPT_RATE_SHARE = 0.25
@@ -133,7 +133,7 @@ class FastGen(Experiment):
         ctx.say(f"the knee is at {self.budget} tokens a step, {self.prompt_rate:.0f} prompt tokens/s")
         draw = random.Random(ctx.seed)
         prompts, outputs = (QUICK_PROMPTS, QUICK_OUTPUTS) if ctx.quick else (PROMPTS, OUTPUTS)
-        self.shapes = [(draw.randint(*prompts), draw.randint(*outputs)) for _ in range(ctx.size(24, 9))]
+        self.shapes = [(draw.randint(*prompts), draw.randint(*outputs)) for _ in range(ctx.size(16, 9))]
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import data
