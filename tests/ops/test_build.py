@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from millstream.ops.cpu import build
+from millstream.ops.table import ops
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
@@ -33,6 +34,9 @@ def source(tmp_path: Path) -> Path:
 def other_settings(monkeypatch):
     monkeypatch.setattr(build, "_settings", build.settings())
     monkeypatch.setattr(build, "_warned", False)
+    yield
+    for op in ops().values():
+        op.forget()
 
 
 def test_a_kernel_is_built_once_and_found_again(source, tmp_path):

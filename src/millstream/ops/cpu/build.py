@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from millstream.core.errors import MillstreamError
+from millstream.ops.table import ops
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -56,9 +57,16 @@ _warned = False
 
 
 def configure(directory: str | Path | None = None, compiler: str | None = None) -> None:
-    """Sets the kernel directory and compiler of this process; libraries already loaded stay loaded."""
+    """Sets the kernel directory and compiler of this process; libraries already loaded stay loaded.
+
+    Ops choose anew when something changed: what was native may have no kernel under the new settings.
+    """
     global _settings
-    _settings = Settings(Path(directory) if directory is not None else _settings.directory, compiler)
+    settings = Settings(Path(directory) if directory is not None else _settings.directory, compiler)
+    if settings != _settings:
+        _settings = settings
+        for op in ops().values():
+            op.forget()
 
 
 def settings() -> Settings:
