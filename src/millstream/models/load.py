@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,7 @@ from millstream.core.errors import BadFile, nearest
 from millstream.models.cache import load_tensors
 from millstream.models.decoder import Decoder, build
 from millstream.models.families.protocol import Family, find_family
+from millstream.models.opened import model_spec
 from millstream.models.source import ModelSource
 from millstream.models.spec import ModelSpec, TensorSpec, dtype_bytes
 
@@ -69,15 +70,6 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True)
     report.weight_bytes = sum(tensor.nbytes for tensor in ready.values())
     lap("build")
     return LoadedModel(spec, decoder, report)
-
-
-def model_spec(source: ModelSource, family: Family | None = None) -> ModelSpec:
-    """The spec of a source, named by its id; its file is named in what is raised."""
-    try:
-        spec = (family or find_family(source.config)).spec(source.config)
-    except BadFile as error:
-        raise BadFile(source.path, error.what) from error
-    return replace(spec, name=source.id)
 
 
 def prepare(

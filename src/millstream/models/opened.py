@@ -9,7 +9,7 @@ from typing import Any
 from millstream.config.load import home
 from millstream.core.errors import BadFile
 from millstream.models import store
-from millstream.models.families.protocol import find_family
+from millstream.models.families.protocol import Family, find_family
 from millstream.models.source import ModelSource, open_source
 from millstream.models.spec import ModelSpec
 from millstream.text import from_folder, from_gguf
@@ -35,8 +35,13 @@ def open_model(name: str, progress: Any = None, notice: Any = None) -> Opened:
     """Finds (or downloads) a model and reads its headers. Raises UnknownModel, DownloadError, BadFile, Unsupported."""
     path: Path = store.resolve(name, progress=progress, notice=notice)
     source = open_source(path, name)
+    return Opened(source, model_spec(source))
+
+
+def model_spec(source: ModelSource, family: Family | None = None) -> ModelSpec:
+    """The spec of a source, named by its id; its file is named in what is raised."""
     try:
-        spec = find_family(source.config).spec(source.config)
+        spec = (family or find_family(source.config)).spec(source.config)
     except BadFile as error:
         raise BadFile(source.path, error.what) from error
-    return Opened(source, replace(spec, name=source.id))
+    return replace(spec, name=source.id)
