@@ -23,7 +23,7 @@ from millstream.core.request import Limits, Request
 from millstream.decode.protocol import Observer
 from millstream.engine.check import check
 from millstream.engine.engine import Engine
-from millstream.engine.resolve import Machine, Resolved, resolve
+from millstream.engine.resolve import Machine, Resolved, resolve, whole_blocks
 from millstream.memory.ledger import Ledger
 from millstream.models.spec import ModelSpec
 from millstream.sched.scheduler import Scheduler
@@ -139,8 +139,7 @@ def build_engine(
         [registry.make("meter", choice, ledger=ledger) for choice in resolved.meters],
         config.sched.preemption,
     )
-    full = min(count for name, count in resolved.blocks.items() if _is_full(spec, name))
-    limits = Limits(spec.vocab_size, resolved.max_context, full * capacity.block_size)
+    limits = Limits(spec.vocab_size, resolved.max_context, whole_blocks(spec, resolved.blocks) * capacity.block_size)
     watchers = [registry.get("observer", name) for name in registry.names("observer")]
 
     def observers(request: Request) -> list[Observer]:
@@ -171,8 +170,3 @@ def measured_knee(source: Any) -> tuple[int | None, str]:
 
 def knee_file(source: Any) -> Any:
     return home() / "profiles" / f"knee-{source.checksum()[:16]}.json"
-
-
-def _is_full(spec: ModelSpec, name: str) -> bool:
-    group = next(group for group in spec.groups if group.name == name)
-    return group.window is None or len(spec.groups) == 1

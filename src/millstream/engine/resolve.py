@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from millstream.config.load import parse_bytes
@@ -118,7 +118,7 @@ def resolve(
     costs = {group.name: page_bytes(group, block_size) for group in spec.groups}
     blocks = _blocks(config, spec, machine, block_size, max_context, max_rows, step_tokens, costs, decide)
     host_blocks = _host_blocks(config, spec, blocks, costs, decide)
-    held = min(count for name, count in blocks.items() if _group(spec, name).keep is Keep.FULL or len(blocks) == 1)
+    held = whole_blocks(spec, blocks)
     if held * block_size < max_context:
         if config.model.max_context == "auto":
             max_context = held * block_size
@@ -210,8 +210,13 @@ def _host_blocks(
     return {name: int(count * min(1.0, budget / total)) for name, count in blocks.items()}
 
 
-def _group(spec: ModelSpec, name: str) -> CacheGroup:
-    return next(group for group in spec.groups if group.name == name)
+def whole_blocks(spec: ModelSpec, blocks: Mapping[str, int]) -> int:
+    """Blocks that bound how long one sequence can get: those of the groups that keep every token.
+
+    Where no group does, the smallest of all.
+    """
+    full = [blocks[group.name] for group in spec.groups if group.keep is Keep.FULL]
+    return min(full or blocks.values())
 
 
 def _gib(size: int) -> str:
