@@ -25,6 +25,6 @@ class Kernels:
 
 KERNELS = (
     Kernels("torch", ops="ref", attention="torch-ref", block_size=8),
-    # Attention is bit-invariant already; the matrix products are still torch's.
+    # Attention and the products are bit-invariant; norms and activations are still torch's.
     Kernels("native", ops="auto", attention="auto", block_size=16),
 )

@@ -7,6 +7,7 @@ import torch
 
 from millstream.ops import cases, table
 from millstream.ops.cpu import kv_write as _kv_write  # noqa: F401 - registers
+from millstream.ops.cpu import linear as _linear  # noqa: F401 - registers
 
 TABLES = cases.tables()
 CALLS = [
@@ -61,6 +62,32 @@ def test_a_slot_beyond_the_pages_is_an_error_and_writes_nothing(name):
     with pytest.raises(IndexError, match="32"):
         implementation.function(k_pages, v_pages, torch.tensor([0, 32]), torch.ones(2, 1, 8), torch.ones(2, 1, 8))
     assert not k_pages.any() and not v_pages.any()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(576, 64), (37, 11), (3, 1), (130, 4097)])
+def test_the_native_product_gives_a_row_the_same_bits_in_any_company(inputs, outputs):
+    native = TABLES["linear"].op.implementations["cpu"]
+    generator = torch.Generator().manual_seed(inputs)
+    x, weight = torch.randn(257, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+    if native.accepts(TABLES["linear"].op.ask(x, weight)) is not None:
+        pytest.skip("refused")
+    whole = native.function(x, weight)
+    for first, last in ((0, 1), (5, 7), (100, 105), (17, 30), (0, 64), (3, 257)):
+        assert torch.equal(native.function(x[first:last], weight), whole[first:last])
+
+
+def test_the_native_product_refuses_what_does_not_fit_together():
+    native = TABLES["linear"].op.implementations["cpu"]
+    x = torch.ones(2, 8)
+    if native.accepts(TABLES["linear"].op.ask(x)) is not None:
+        pytest.skip("refused")
+    for weight, bias in (
+        (torch.ones(3, 9), None),
+        (torch.ones(3, 8).double(), None),
+        (torch.ones(3, 8), torch.ones(4)),
+    ):
+        with pytest.raises(ValueError, match="linear"):
+            native.function(x, weight, bias)
 
 
 def _tensors(value):

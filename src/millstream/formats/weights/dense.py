@@ -11,7 +11,7 @@ import torch
 from millstream.core.errors import ConfigError
 from millstream.core.registry import Card
 from millstream.formats.weights.protocol import Packed
-from millstream.ops.cpu import linear as _few_rows  # noqa: F401 - registers the form for few rows
+from millstream.ops.cpu import linear as _native  # noqa: F401 - registers the native product
 from millstream.ops.ref.linear import linear
 from millstream.ops.table import Ask
 

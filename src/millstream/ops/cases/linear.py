@@ -33,6 +33,11 @@ def tokens(count: int, vocabulary: int) -> Callable[[torch.Generator], torch.Ten
     return lambda generator: torch.randint(0, vocabulary, (count,), generator=generator)
 
 
+def part_of(whole: Callable[[torch.Generator], torch.Tensor], width: int) -> Callable[[torch.Generator], torch.Tensor]:
+    """The last columns of a wider matrix: rows that do not follow each other in memory."""
+    return lambda generator: whole(generator)[:, -width:]
+
+
 TABLES = (
     Table(
         linear,
@@ -40,6 +45,9 @@ TABLES = (
             Case("one token", call(normal(1, 576), normal(192, 576)), 2e-4),
             Case("no token", call(normal(0, 576), normal(192, 576)), 0.0),
             Case("odd sizes with bias", call(normal(5, 37), normal(11, 37), normal(11)), 5e-5),
+            Case("fewer inputs than lanes", call(normal(3, 3), normal(2, 3)), 1e-5),
+            Case("tiles of unequal height", call(normal(13, 100), normal(50, 100), normal(50)), 1e-4),
+            Case("rows out of a wider matrix", call(part_of(normal(5, 90), 37), normal(6, 37)), 1e-4),
             Case("big", call(normal(64, 576), normal(1536, 576)), 2e-4),
             Case("bfloat16", call(normal(3, 64, dtype=torch.bfloat16), normal(8, 64, dtype=torch.bfloat16)), 0.1, 8e-3),
         ),
