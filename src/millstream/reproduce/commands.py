@@ -81,8 +81,8 @@ def papers_command(json: bool = False) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=300)
     spare = max(30, console.width - 48)
     for title, share in (("technique", 0.4), ("room", 0.25), ("switch", 0.35)):
-        width = int(spare * share) if sys.stdout.isatty() else None
-        table.add_column(title, no_wrap=True, overflow="ellipsis", max_width=width)
+        widest = int(spare * share) if sys.stdout.isatty() else None
+        table.add_column(title, no_wrap=True, overflow="ellipsis", max_width=widest)
     for one in standings:
         paper, colour = one.paper, COLOURS[one.state]
         table.add_row(

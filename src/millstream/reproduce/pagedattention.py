@@ -6,8 +6,8 @@ a run of the true length (Orca-oracle), or blocks on demand. All arms run the sa
 contiguous ones pay nothing for going through block tables and gain nothing from being contiguous.
 
 Lengths are halved so that a run fits in minutes on two cores, and so is the limit that is reserved (1,024 tokens).
-Conversations longer than half the limit are left out: with twenty requests the longest alone would decide the seconds.
-The quick run divides by eight and leaves short conversations out.
+Conversations longer than half the limit are left out: with fourteen requests the longest alone would decide the
+seconds. The quick run divides by eight and leaves short conversations out.
 """
 
 from __future__ import annotations
@@ -111,13 +111,14 @@ class PagedAttention(Experiment):
     )
     # The correctness check has used every kernel by then.
     warmup = 0
-    seconds = 900.0
+    seconds = 600.0
     sources = (
         "millstream.memory.ledger",
         "millstream.memory.blocks",
         "millstream.sched.scheduler",
         "millstream.ops.attention.cpu_paged",
-        "millstream.ops.cpu",
+        "millstream.ops.cpu/paged_attention.cpp",
+        "millstream.ops.cpu.kv_write",
         "millstream.formats.kv.plain",
     )
 
@@ -141,7 +142,7 @@ class PagedAttention(Experiment):
             for p, o in data.lengths("sharegpt-lengths")
             if shortest <= p + o <= longest and 8 <= p <= longest // 2 and o >= 4
         ]
-        self.lengths = random.Random(ctx.seed).sample(rows, ctx.size(20, 3))
+        self.lengths = random.Random(ctx.seed).sample(rows, ctx.size(14, 3))
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import data

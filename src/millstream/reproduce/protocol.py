@@ -177,7 +177,8 @@ class Experiment(ABC):
     """What a full run is meant to take, in seconds; `quick_seconds` likewise. Going over is a warning."""
     quick_seconds: ClassVar[float] = 60.0
     sources: ClassVar[tuple[str, ...]] = ()
-    """Modules that make up the technique besides the plug-ins its arms use ("millstream.sched.scheduler")."""
+    """What makes up the technique besides the plug-ins its arms use: modules ("millstream.sched.scheduler"), or one
+    file of a package ("millstream.ops.cpu/paged_attention.cpp")."""
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         """The inputs by name, as bytes or as a file; the record holds their sha256. Called after `open`."""
@@ -217,13 +218,21 @@ def _plugin_module(point: str, name: str) -> str:
 
 
 def module_files(module: str) -> tuple[Path, ...]:
-    """The source files of a module; of a package all of them, C++ included. Imports its parents, not the module."""
+    """The source files of a module; of a package all of them, C++ included, or the one named behind a slash.
+
+    Imports the module's parents, not the module. Raises ConfigError when there is no such module or file.
+    """
+    module, _, wanted = module.partition("/")
     loaded = sys.modules.get(module)
     spec = getattr(loaded, "__spec__", None) or _spec(module)
     origin = getattr(loaded, "__file__", None) or (spec.origin if spec else None)
     if origin is None:
         raise ConfigError(f"there is no module {module!r} to take the hash of")
     path = Path(origin)
+    if wanted:
+        if not (path.parent / wanted).is_file():
+            raise ConfigError(f"there is no file {wanted!r} in {module!r} to take the hash of")
+        return (path.parent / wanted,)
     if path.name != "__init__.py":
         return (path,)
     return tuple(sorted(found for found in path.parent.rglob("*") if found.suffix in SOURCE_SUFFIXES))

@@ -301,3 +301,6 @@ def test_files_are_the_experiment_its_plugins_and_its_sources() -> None:
 def test_a_source_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"millstream\.sched\.nothing"):
         module_files("millstream.sched.nothing")
+    with pytest.raises(ConfigError, match=r"none\.cpp"):
+        module_files("millstream.ops.cpu/none.cpp")
+    assert [path.name for path in module_files("millstream.ops.cpu/paged_attention.cpp")] == ["paged_attention.cpp"]

@@ -46,6 +46,17 @@ typedef int32_t IntVec __attribute__((vector_size(LANES * 4)));
 
 inline Vec load(const float *p) { return *reinterpret_cast<const VecAny *>(p); }
 
+// Keeps a loaded vector in a register: GCC would rather read it from memory again for each product.
+#if defined(__AVX512F__)
+#define HELD(v) asm("" : "+v"(v))
+#elif defined(__x86_64__)
+#define HELD(v) asm("" : "+x"(v))
+#elif defined(__aarch64__)
+#define HELD(v) asm("" : "+w"(v))
+#else
+#define HELD(v)
+#endif
+
 inline Vec load_some(const float *p, int64_t n) {
   float held[LANES] = {};
   std::memcpy(held, p, size_t(n) * sizeof(float));
@@ -88,16 +99,21 @@ inline void tile(const MillstreamLinear &a, int64_t row, int64_t output, int num
   // Outputs beyond the last are computed as copies of it and not stored.
   for (int o = 0; o < TILE_OUTPUTS; o++) w[o] = a.weight + (output + std::min(o, num_outputs - 1)) * a.weight_stride;
   // The weights of the next outputs: the hardware sees short runs only.
-  const int64_t ahead = TILE_OUTPUTS * a.weight_stride;
+  const int64_t ahead = 2 * TILE_OUTPUTS * a.weight_stride;
   Vec acc[R][TILE_OUTPUTS] = {};
   int64_t i = 0;
   for (; i + LANES <= a.inputs; i += LANES) {
     Vec wide[TILE_OUTPUTS];
 #pragma GCC unroll 4
-    for (int o = 0; o < TILE_OUTPUTS; o++) wide[o] = load(w[o] + i), __builtin_prefetch(w[o] + i + ahead);
+    for (int o = 0; o < TILE_OUTPUTS; o++) {
+      wide[o] = load(w[o] + i);
+      HELD(wide[o]);
+      __builtin_prefetch(w[o] + i + ahead);
+    }
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-      const Vec v = load(x[r] + i);
+      Vec v = load(x[r] + i);
+      HELD(v);
 #pragma GCC unroll 4
       for (int o = 0; o < TILE_OUTPUTS; o++) acc[r][o] += v * wide[o];
     }
