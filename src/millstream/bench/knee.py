@@ -21,7 +21,7 @@ from millstream.core.plan import Extend, Holding, SampleAsk, StepPlan
 from millstream.core.request import SamplingParams
 from millstream.engine.assemble import Assembled
 
-SHARE = 0.9
+SHARE = 0.95
 SIZES = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 
 

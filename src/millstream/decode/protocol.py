@@ -62,7 +62,13 @@ class DecodeMethod(Protocol):
 
 
 class LogitRule(Protocol):
-    """Device half: changes the logits of the rows that ask for it, in place, before a token is chosen."""
+    """Device half: changes the logits of the rows that ask for it, in place, before a token is chosen.
+
+    Rules run by rising `order`, those of one order by name: what adds (100), as in vLLM, before what scales by history
+    (200), and what forbids (300) last, so that nothing makes a forbidden token likelier again.
+    """
+
+    order: int
 
     def applies(self, ask: SampleAsk) -> bool: ...
 

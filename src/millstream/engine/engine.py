@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+import traceback
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 from millstream.core import registry
@@ -159,12 +161,18 @@ class Engine:
         """Launches what can be launched and settles the oldest plan in flight; False when there was nothing to do."""
         while len(self._flights) < self._plans:
             plan = self.scheduler.plan(self.clock.now())
-            if plan is None:
+            if plan is not None:
+                live = self.scheduler.live
+                epochs = [live[extend.seq].epoch for extend in plan.extends]
+                self._flights.append(_Flight(self.runner.launch(plan), plan, epochs))
+                self.max_running = max(self.max_running, self.scheduler.num_running)
+            faults = self.scheduler.drain_faults()
+            for seq, error in faults:
+                # One that was ended by the loss of its sibling has had its error.
+                if not seq.finished:
+                    self._fault(seq, _told(error))
+            if plan is None and not faults:
                 break
-            live = self.scheduler.live
-            epochs = [live[extend.seq].epoch for extend in plan.extends]
-            self._flights.append(_Flight(self.runner.launch(plan), plan, epochs))
-            self.max_running = max(self.max_running, self.scheduler.num_running)
         if not self._flights:
             return False
         flight = self._flights.popleft()
@@ -198,8 +206,7 @@ class Engine:
                 # An observer or a decode method that fails ends the request that it was made for.
                 if seq.finished:
                     raise
-                own = isinstance(error, MillstreamError)
-                self._fault(seq, str(error) if own else f"{type(error).__name__}: {error}")
+                self._fault(seq, _told(error))
         plan = flight.plan
         self._tell(
             Stepped(
@@ -402,3 +409,12 @@ class Engine:
         self.scheduler.policy.observe(event)
         for listener in self.listeners:
             listener(event)
+
+
+def _told(error: Exception) -> str:
+    """What the request's owner reads. Of an error that is not our own, where it came from as well."""
+    if isinstance(error, MillstreamError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" (in {Path(frames[-1].filename).stem}.{frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

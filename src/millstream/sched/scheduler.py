@@ -40,6 +40,7 @@ class Scheduler:
         self.observe = observe
         self.live: dict[int, Sequence] = {}
         self._forgotten: list[int] = []
+        self._faults: dict[int, tuple[Sequence, Exception]] = {}
         self._plan_ids = itertools.count()
 
     def add(self, seq: Sequence) -> None:
@@ -61,7 +62,11 @@ class Scheduler:
         return sum(seq.state is State.RUNNING for seq in self.live.values())
 
     def plan(self, now: float) -> StepPlan | None:
-        """The next step, or None when nothing can be launched now."""
+        """The next step, or None when nothing can be launched now.
+
+        What a plug-in raises about one sequence takes that sequence out of the plan (`drain_faults`); what it raises
+        about the whole (`budget`) comes through.
+        """
         extends = self._fill(now)
         while not extends and (idle := self._idle_holder(now)) is not None:
             self._preempt(idle, now)
@@ -72,65 +77,98 @@ class Scheduler:
         forgotten, self._forgotten = tuple(self._forgotten), []
         return StepPlan(next(self._plan_ids), tuple(extends), moves, forgotten=forgotten)
 
+    def drain_faults(self) -> list[tuple[Sequence, Exception]]:
+        """Sequences for which a policy, a meter or a decode method raised while planning, and what it raised.
+
+        They have no part in the plan and keep what they hold until the caller ends them.
+        """
+        faults, self._faults = list(self._faults.values()), {}
+        return faults
+
     def _fill(self, now: float) -> list[Extend]:
         """One pass over everybody, the first in rank first."""
         view = self._view(now)
         for meter in self.meters:
             meter.begin(view)
-        order = sorted(self.live.values(), key=lambda seq: self.policy.rank(seq.view, view))
+        order = self._order(view)
         extends: list[Extend] = []
         out: set[int] = set()  # gave up their place in this very plan
         held = False
         for place, seq in enumerate(order):
-            if seq.gates or seq.id in out or seq.left <= 0:
+            if seq.gates or seq.id in out or seq.left <= 0 or (held and seq.state is not State.RUNNING):
                 continue
-            entering = seq.state is not State.RUNNING
-            was_swapped = seq.state is State.SWAPPED
-            if entering:
-                if held:
-                    continue
-                verdict = self.policy.admit(seq.view, view)
-                if verdict is not Verdict.ADMIT:
-                    held = verdict is Verdict.HOLD
-                    continue
-                # Cheap refusals first: entering touches the cache.
-                if not self._would_fit(seq):
-                    continue
-                if not self._enter(seq, now):
-                    # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
-                    held = True
-                    continue
-            n = self._fit(seq)
-            while n == 0 and not entering and self._would_fit(seq):
-                victim = self._victim(order, place, out, view)
-                if victim is None:
-                    break
-                self._preempt(victim, now)
-                out.add(victim.id)
-                n = self._fit(seq)
-            if n == 0:
-                if entering:
-                    # What came back from the host stays: carrying it out again would only cost more.
-                    if not was_swapped:
-                        self._leave(seq, now)
-                    held = True
+            try:
+                extend, holds = self._offer(seq, order, place, out, view, now)
+            except Exception as error:
+                self._faults[seq.id] = (seq, error)
                 continue
-            if seq.stamps.admitted is None:
-                seq.stamps.admitted = now
-                self.observe(Admitted(now, seq.view, seq.cached))
-            extends.append(self._take(seq, n, now))
+            held = held or holds
+            if extend is not None:
+                extends.append(extend)
         return extends
 
-    def _idle_holder(self, now: float) -> Sequence | None:
-        """The last that holds blocks at a gate, once nothing moves any more although somebody could go on.
+    def _order(self, view: LoadView) -> list[Sequence]:
+        """Everybody that no fault has ended, the first in rank first."""
+        ranks: dict[int, tuple[float, ...]] = {}
+        for seq in self.live.values():
+            if seq.id not in self._faults:
+                try:
+                    ranks[seq.id] = self.policy.rank(seq.view, view)
+                except Exception as error:
+                    self._faults[seq.id] = (seq, error)
+        return [self.live[seq_id] for seq_id in sorted(ranks, key=ranks.__getitem__)]
 
-        What it waits for may be the very sequence that needs its blocks (a beam waits for its siblings).
+    def _offer(
+        self, seq: Sequence, order: list[Sequence], place: int, out: set[int], view: LoadView, now: float
+    ) -> tuple[Extend | None, bool]:
+        """What the sequence does in this step, and whether those that hold nothing yet must wait behind it."""
+        entering = seq.state is not State.RUNNING
+        was_swapped = seq.state is State.SWAPPED
+        if entering:
+            verdict = self.policy.admit(seq.view, view)
+            if verdict is not Verdict.ADMIT:
+                return None, verdict is Verdict.HOLD
+            # Cheap refusals first: entering touches the cache.
+            if not self._would_fit(seq):
+                return None, False
+            if not self._enter(seq, now):
+                # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
+                return None, True
+        n = self._fit(seq)
+        while n == 0 and not entering and self._would_fit(seq):
+            victim = self._victim(order, place, out, view)
+            if victim is None:
+                break
+            self._preempt(victim, now)
+            out.add(victim.id)
+            n = self._fit(seq)
+        if n == 0:
+            # What came back from the host stays: carrying it out again would only cost more.
+            if entering and not was_swapped:
+                self._leave(seq, now)
+            return None, entering
+        if seq.stamps.admitted is None:
+            seq.stamps.admitted = now
+            self.observe(Admitted(now, seq.view, seq.cached))
+        return self._take(seq, n, now), False
+
+    def _idle_holder(self, now: float) -> Sequence | None:
+        """Who gives its blocks up once nothing moves any more although somebody could go on: the last in rank.
+
+        First of those at a gate: what one waits for may be the very sequence that needs its blocks (a beam waits for
+        its siblings). Else of those that run, if one of them lacks nothing but blocks: the one that has the blocks may
+        lack what a meter keeps back for the other.
         """
         live = self.live.values()
-        if any(seq.plans_in_flight for seq in live) or not any(not seq.gates and seq.left > 0 for seq in live):
+        able = [seq for seq in live if not seq.gates and seq.left > 0 and seq.id not in self._faults]
+        if not able or any(seq.plans_in_flight for seq in live):
             return None
+        holders = [seq for seq in live if seq.gates and seq.state is State.RUNNING and seq.id not in self._faults]
+        if not holders:
+            holders = [seq for seq in able if seq.state is State.RUNNING]
+            if not any(self._would_fit(seq) for seq in holders):
+                return None
         view = self._view(now)
-        holders = [seq for seq in live if seq.gates and seq.state is State.RUNNING]
         return max(holders, key=lambda seq: self.policy.rank(seq.view, view), default=None)
 
     def _view(self, now: float) -> LoadView:

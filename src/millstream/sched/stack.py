@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Seq
 
 from millstream.core.events import Event
 from millstream.core.sequence import SeqView
 from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
+
+_log = logging.getLogger(__name__)
 
 
 class PolicyStack:
@@ -14,6 +17,7 @@ class PolicyStack:
 
     def __init__(self, policies: Seq[Policy]) -> None:
         self.policies = tuple(policies)
+        self._failed: list[Policy] = []
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
         ranks: tuple[float, ...] = ()
@@ -41,5 +45,11 @@ class PolicyStack:
         return None
 
     def observe(self, event: Event) -> None:
+        """A policy that cannot follow an event goes on without it: the event has happened, whoever minds."""
         for policy in self.policies:
-            policy.observe(event)
+            try:
+                policy.observe(event)
+            except Exception:
+                if policy not in self._failed:
+                    self._failed.append(policy)
+                    _log.exception("policy %s failed in observe; further failures are not told", type(policy).__name__)

@@ -126,6 +126,67 @@ def test_an_observer_that_fails_ends_its_own_request_only():
 # -- faults
 
 
+class Picky:
+    """A policy, a meter or a decode method that fails for the sequences of one tenant, in the call it is told."""
+
+    def __init__(self, inner, call):
+        self.inner, self.call = inner, call
+
+    def __getattr__(self, name):
+        found = getattr(self.inner, name)
+        if name != self.call:
+            return found
+
+        def fails(seq, *rest):
+            if getattr(seq, "tenant", None) == "bad" or getattr(seq, "request", seq).tenant == "bad":
+                raise ZeroDivisionError(f"{name} is broken")
+            return found(seq, *rest)
+
+        return fails
+
+
+@pytest.mark.parametrize("plans", [1, 2])
+@pytest.mark.parametrize("call", ["rank", "admit", "fit", "take", "want", "ask"])
+def test_what_fails_while_a_plan_is_made_ends_the_request_it_was_made_for(call, plans):
+    bench = Bench(plans=plans, num_blocks=9, preemption="swap", host_blocks=5)
+    scheduler = bench.engine.scheduler
+    if call in ("rank", "admit"):
+        scheduler.policy = Picky(scheduler.policy, call)
+    elif call in ("fit", "take"):
+        scheduler.meters[0] = Picky(scheduler.meters[0], call)
+    good = [bench.add([3, 4], 12), bench.add([1, 2, 3, 4, 5, 6, 7, 8, 9], 12)]
+    bad = [bench.add([1, 2], tenant="bad"), bench.add([1, 2, 9], params={"n": 3}, tenant="bad")]
+    for seq in scheduler.live.values():
+        if seq.request.tenant == "bad" and call in ("want", "ask"):
+            seq.method = Picky(seq.method, call)
+    bench.run()
+    for request in bad:
+        for index in range(request.params.n):
+            assert last(bench, request, index).finish is Finish.ERROR
+            assert f"{call} is broken" in last(bench, request, index).error
+    for request in good:
+        assert bench.output(request) == bench.truth(request)
+    bench.clean()
+
+
+def test_a_policy_that_cannot_follow_events_is_told_of_once_and_goes_on(caplog):
+    bench = Bench(policies=("fcfs",))
+    inner = bench.engine.scheduler.policy.policies[0]
+
+    class Deaf:
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+        def observe(self, event):
+            raise RuntimeError("deaf")
+
+    bench.engine.scheduler.policy.policies = (Deaf(),)
+    request = bench.add([1, 2])
+    bench.run()
+    assert bench.output(request) == bench.truth(request)
+    assert [record.message.count("Deaf") for record in caplog.records] == [1]
+
+
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("plans", [1, 2])
 def test_a_fault_ends_one_row_and_the_step_goes_on_for_the_rest(plans, preemption):

@@ -163,7 +163,8 @@ def soak(seed: int) -> None:
     bench.clean()
 
 
-@pytest.mark.parametrize("seed", range(40))
+# 1793: the only step token is kept for a decode that lacks a block, and the blocks are with the prompt that lacks it.
+@pytest.mark.parametrize("seed", [*range(40), 1793])
 def test_a_random_crowd_over_few_blocks_ends_with_everybody_s_own_tokens(seed):
     soak(seed)
 

@@ -12,6 +12,8 @@ BANS = -100.0
 
 
 class Bias:
+    order = 100
+
     def applies(self, ask: SampleAsk) -> bool:
         return bool(ask.banned or ask.params.logit_bias)
 

@@ -10,6 +10,8 @@ from millstream.core.plan import SampleAsk
 
 
 class Penalties:
+    order = 200
+
     def applies(self, ask: SampleAsk) -> bool:
         return ask.params.reads_history
 

@@ -24,7 +24,8 @@ _TOP_P_CANDIDATES = 256
 
 class Autoregressive:
     def __init__(self) -> None:
-        self._rules = [registry.get_device("logits", name)() for name in registry.names("logits")]
+        rules = [registry.get_device("logits", name)() for name in registry.names("logits")]
+        self._rules = sorted(rules, key=lambda rule: rule.order)
 
     def settle(
         self, logits: torch.Tensor, asks: Seq[SampleAsk], histories: Seq[Seq[int]]
