@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from millstream.bench.knee import SHARE
 from millstream.cli.main import main
 
 TEMPLATE = (
@@ -305,14 +306,14 @@ def test_the_knee_is_measured_kept_and_used(model, told, capsys, tmp_path):
     sizes = [point["tokens"] for point in found["curve"]]
     assert sizes == [8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024]
     best = max(point["tokens_per_s"] for point in found["curve"])
-    near = [point["tokens"] for point in found["curve"] if point["tokens_per_s"] >= 0.9 * best]
+    near = [point["tokens"] for point in found["curve"] if point["tokens_per_s"] >= SHARE * best]
     assert found["step_tokens"] == min(near)
     assert picture.read_bytes().startswith(b"\x89PNG")
     decision = next(one for one in told("explain", model)["decisions"] if one["name"] == "sched.step_tokens")
     assert decision["value"] == str(found["step_tokens"])
     assert f"measured on {found['date']}" in decision["reason"]
     assert main(["bench", "knee", model, "--repeats", "1"]) == 0
-    assert "smallest step with 90% of the best" in capsys.readouterr().out
+    assert f"smallest step with {SHARE:.0%} of the best" in capsys.readouterr().out
 
 
 def test_a_start_is_timed_cold_and_warm_in_processes_of_its_own(model, told):

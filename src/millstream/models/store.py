@@ -460,10 +460,12 @@ def _until_done(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _bytes_under(folder: Path) -> int:
+    # pip removes folders of its own while this looks: os.walk passes over what is gone, rglob raises.
     total = 0
-    for path in folder.rglob("*.whl*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    for where, _, names in os.walk(folder):
+        for name in fnmatch.filter(names, "*.whl*"):
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(where, name)).st_size
     return total
 
 

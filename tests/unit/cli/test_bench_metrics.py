@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from millstream.bench.knee import Point, find_knee
+from millstream.bench.knee import SHARE, Point, find_knee
 from millstream.bench.load import poisson_arrivals, random_prompts, text_prompts
 from millstream.bench.metrics import Distribution, RequestTiming, StepTiming, percentile, step_seconds, summarize
 from millstream.core.errors import BadRequest
@@ -77,8 +77,9 @@ def test_percentiles_lie_between_neighbours(q, value):
 def test_the_knee_is_the_smallest_step_near_the_best():
     curve = [Point(8, 0.08, 0, 0), Point(64, 0.1, 0, 0), Point(256, 0.28, 0, 0), Point(512, 0.52, 0, 0)]
     assert [round(point.tokens_per_s) for point in curve] == [100, 640, 914, 985]
-    assert find_knee(curve) == 256
-    assert find_knee(curve, share=1.0) == 512
+    assert find_knee(curve, share=0.9) == 256
+    assert find_knee(curve, share=0.95) == 512
+    assert find_knee(curve) == find_knee(curve, share=SHARE)
 
 
 def test_random_prompts_depend_on_the_seed_and_avoid_what_is_banned():
