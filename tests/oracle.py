@@ -25,6 +25,8 @@ class OneLayer:
 class Plain:
     """Causal softmax attention over the keys and values of this pass."""
 
+    in_program = False
+
     def run(self, q, pages, layer, state, scale, window=None, softcap=None):
         repeat = q.shape[1] // pages.k.shape[1]
         k, v = pages.k.repeat_interleave(repeat, 1), pages.v.repeat_interleave(repeat, 1)

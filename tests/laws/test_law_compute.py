@@ -82,10 +82,12 @@ def test_a_packed_matrix_multiplies_like_the_one_it_unpacks_to(name):
         packed = form.pack(weight, b)
         assert packed.format == form.name == name and packed.shape == (48, 64) and packed.nbytes > 0
         got = form.linear(x, packed)
-        want = x @ form.unpack(packed).float().T + (0 if b is None else b)
+        want = form.seen(x) @ form.unpack(packed).float().T + (0 if b is None else b)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         if registry.card("weights", name).lossless:
-            assert torch.equal(form.unpack(packed).float(), weight)
+            assert torch.equal(form.unpack(packed).float(), weight) and torch.equal(form.seen(x), x)
+        which = torch.tensor([47, 0, 5, 5])
+        assert torch.equal(form.rows(packed, which), form.unpack(packed)[which])
         halves = [form.shard(packed, "column", rank, 2) for rank in range(2)]
         torch.testing.assert_close(torch.cat([form.linear(x, h) for h in halves], -1), got, rtol=1e-4, atol=1e-4)
         rows = [form.shard(packed, "row", rank, 2) for rank in range(2)]

@@ -15,12 +15,12 @@ BLOCK = 16
 class Row:
     """One sequence with its own blocks, handed out in a scattered order so that none are neighbours by chance."""
 
-    def __init__(self, decoder: Decoder, num_tokens: int, backend: str = "torch-ref") -> None:
+    def __init__(self, decoder: Decoder, num_tokens: int, backend: str = "torch-ref", kv: str = "plain") -> None:
         self.decoder = decoder
         self.num_blocks = -(-num_tokens // BLOCK)
-        kv = registry.make("kv", "plain", device=True)
+        pages = registry.make("kv", kv, device=True)
         groups = decoder.spec.groups
-        self.pages = {g.name: kv.allocate(g, 2 * self.num_blocks + 1, BLOCK, decoder.dtype) for g in groups}
+        self.pages = {g.name: pages.allocate(g, 2 * self.num_blocks + 1, BLOCK, decoder.dtype) for g in groups}
         self.backends = {g.name: registry.make("attention", backend) for g in groups}
         self.blocks = torch.arange(self.num_blocks, dtype=torch.int32) * 2 + 1
         self.blocks = self.blocks.flip(0)

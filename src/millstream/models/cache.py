@@ -2,8 +2,10 @@
 
 Unpacking a GGUF file to float takes time and memory of its own at each start. Done once, the result is kept as
 
-    $MILLSTREAM_HOME/converted/<checksum>-<dtype>-v<CONVERTER>/weights.bin      tensors, each at a multiple of 64 bytes
-                                                              /manifest.json    names, shapes, offsets, checks
+    $MILLSTREAM_HOME/converted/<checksum>-<kind>-v<CONVERTER>/weights.bin      tensors, each at a multiple of 64 bytes
+                                                             /manifest.json    names, types, shapes, offsets, checks
+
+where the kind is a dtype (all tensors in it) or a way to keep matrices (`models/blocks_of.py`),
 
 and a later start maps it: pages come from the page cache, are shared by all processes and can be dropped under memory
 pressure. The folder appears whole or not at all. Before it is trusted, its size and the edges of each tensor are
@@ -14,13 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import shutil
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 # Rises whenever the same file would be converted to other numbers or another layout.
-CONVERTER = 1
+CONVERTER = 2
 ALIGNMENT = 64
 _EDGE_BYTES = 4096
 
@@ -53,15 +56,22 @@ def load_tensors(
         return _OnAccess(source, dtype)
     if cached:
         try:
-            return _cached(source, dtype)
+            names = _side_by_side(source.tensor_names())
+            room = sum(math.prod(source.shape(name)) for name in names) * dtype.itemsize
+            return _kept(
+                source,
+                str(dtype).removeprefix("torch."),
+                lambda: ((name, source.tensor(name, dtype)) for name in names),
+                room,
+            )
         except OSError as error:
             warnings.warn(f"converted weights of {source.id} are not kept: {error.strerror or error}", stacklevel=2)
     return {name: source.tensor(name, dtype) for name in source.tensor_names()}
 
 
-def converted_folder(checksum: str, dtype_name: str) -> Path:
+def converted_folder(checksum: str, kind: str) -> Path:
     """Where the converted weights of the file with that sha256 are, or will be."""
-    return home() / "converted" / f"{checksum}-{dtype_name}-v{CONVERTER}"
+    return home() / "converted" / f"{checksum}-{kind}-v{CONVERTER}"
 
 
 def forget_converted(checksum: str) -> int:
@@ -92,57 +102,68 @@ class _OnAccess(Mapping[str, "torch.Tensor"]):
         return len(self._names)
 
 
-def _cached(source: GgufSource, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
-    dtype_name = str(dtype).removeprefix("torch.")
-    folder = converted_folder(source.checksum(), dtype_name)
-    found = _mapped(folder, dtype)
+def keep(
+    source: ModelSource, kind: str, make: Callable[[], Iterator[tuple[str, torch.Tensor]]], cached: bool = True
+) -> Mapping[str, torch.Tensor]:
+    """The tensors that `make` yields, made once for these weights and this `kind` and mapped from then on.
+
+    With `cached=False`, or when the cache cannot be written (a warning says why), they are made into memory.
+    """
+    if cached:
+        try:
+            return _kept(source, kind, make)
+        except OSError as error:
+            warnings.warn(f"converted weights of {source.id} are not kept: {error.strerror or error}", stacklevel=2)
+    return dict(make())
+
+
+def _kept(
+    source: ModelSource, kind: str, make: Callable[[], Iterator[tuple[str, torch.Tensor]]], room: int = 0
+) -> Mapping[str, torch.Tensor]:
+    folder = converted_folder(source.checksum(), kind)
+    found = _mapped(folder)
     if found is not None:
         return found
     with locked(f"converted-{folder.name}"):
         # Somebody else may have written it while this process waited.
-        found = _mapped(folder, dtype)
+        found = _mapped(folder)
         if found is None:
-            _write(source, dtype, folder)
-            found = _mapped(folder, dtype)
+            _write(folder, source, make(), room or source.stored_bytes())
+            found = _mapped(folder)
     if found is None:
         raise OSError(f"{folder} cannot be read back")
     return found
 
 
-def _write(source: GgufSource, dtype: torch.dtype, folder: Path) -> None:
+def _write(folder: Path, source: ModelSource, tensors: Iterator[tuple[str, torch.Tensor]], room: int) -> None:
     import torch
 
-    entries: dict[str, dict[str, Any]] = {}
-    end = 0
-    for name in _side_by_side(source.tensor_names()):
-        shape = source.shape(name)
-        nbytes = dtype.itemsize
-        for d in shape:
-            nbytes *= d
-        begin = -(-end // ALIGNMENT) * ALIGNMENT
-        entries[name] = {"shape": list(shape), "offset": begin, "nbytes": nbytes}
-        end = begin + nbytes
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
-    if free < end * 1.05:
-        raise OSError(f"they need {end / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free")
+    if free < room * 1.05:
+        raise OSError(f"they need {room / 1e9:.2f} GB, {folder.parent} has {free / 1e9:.2f} GB free")
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
     try:
+        entries: dict[str, dict[str, Any]] = {}
         crc = 0
         with open(temporary / "weights.bin", "wb") as file:
-            for name, entry in entries.items():
-                padding = bytes(entry["offset"] - file.tell())
-                tensor = source.tensor(name, dtype).contiguous()
-                data = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            for name, tensor in tensors:
+                padding = bytes(-file.tell() % ALIGNMENT)
+                data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+                entries[name] = {
+                    "shape": list(tensor.shape),
+                    "dtype": str(tensor.dtype).removeprefix("torch."),
+                    "offset": file.tell() + len(padding),
+                    "nbytes": len(data),
+                    "edges": _edges(data),
+                }
                 for part in (padding, data):
                     file.write(part)
                     crc = zlib.crc32(part, crc)
-                entry["edges"] = _edges(data)
             file.flush()
             stat = os.fstat(file.fileno())
         manifest = {
             "source": str(source.path),
-            "dtype": str(dtype),
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
             "crc32": crc,
@@ -175,7 +196,7 @@ def _edges(data: memoryview) -> int:
     return zlib.crc32(data[-_EDGE_BYTES:], zlib.crc32(data[:_EDGE_BYTES]))
 
 
-def _mapped(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+def _mapped(folder: Path) -> dict[str, torch.Tensor] | None:
     """The tensors of a cache folder, or None when there is none that can be trusted."""
     import torch
 
@@ -183,7 +204,7 @@ def _mapped(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         with open(folder / "weights.bin", "rb") as file:
             stat = os.fstat(file.fileno())
-            if stat.st_size != manifest["size"] or manifest["dtype"] != str(dtype):
+            if stat.st_size != manifest["size"]:
                 return None
             mapped = mmap.mmap(file.fileno(), stat.st_size, access=mmap.ACCESS_COPY)
         data = memoryview(mapped)
@@ -199,6 +220,7 @@ def _mapped(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
             begin, nbytes = entry["offset"], entry["nbytes"]
             if _edges(data[begin : begin + nbytes]) != entry["edges"]:
                 return None
+            dtype = getattr(torch, entry["dtype"])
             tensors[name] = whole[begin : begin + nbytes].view(dtype).view(tuple(entry["shape"]))
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ModelError):

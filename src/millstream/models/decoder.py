@@ -17,12 +17,14 @@ import torch
 
 from millstream.core.errors import BadFile
 from millstream.models.blocks.attention import Attention, StepContext
+from millstream.models.blocks.embedding import Embedding, embedding
 from millstream.models.blocks.linear import Linear, linear
 from millstream.models.blocks.mlp import Mlp, Moe
 from millstream.models.blocks.norm import Norm
 from millstream.models.blocks.rope import Rotary
+from millstream.models.program import Program
 from millstream.models.spec import LayerSpec, MlpSpec, ModelSpec, MoeSpec, RopeSpec, dtype_bytes
-from millstream.ops.ref.linear import embedding, softcap
+from millstream.ops.ref.linear import softcap
 
 __all__ = ["Decoder", "DecoderLayer", "StepContext", "build"]
 
@@ -30,7 +32,7 @@ __all__ = ["Decoder", "DecoderLayer", "StepContext", "build"]
 class DecoderLayer:
     """One layer. Both halves take the residual stream (T, C) and return it, new, with their part added."""
 
-    __slots__ = ("_channel", "_channel_norm", "_channel_post_norm", "_mixer", "_mixer_norm", "_mixer_post_norm", "spec")
+    __slots__ = ("_channel", "_channel_norm", "_channel_post_norm", "_mixer_norm", "_mixer_post_norm", "mixer", "spec")
 
     def __init__(
         self,
@@ -43,13 +45,27 @@ class DecoderLayer:
         channel_post_norm: Norm | None,
     ) -> None:
         self.spec = spec
-        self._mixer, self._channel = mixer, channel
+        self.mixer, self._channel = mixer, channel
         self._mixer_norm, self._channel_norm = mixer_norm, channel_norm
         self._mixer_post_norm, self._channel_post_norm = mixer_post_norm, channel_post_norm
 
+    @property
+    def place(self) -> int:
+        """The layer's number among those of its cache group."""
+        return self.mixer.place
+
+    @property
+    def mlp(self) -> Mlp | None:
+        """Its channel, unless that is a mixture."""
+        return self._channel if isinstance(self._channel, Mlp) else None
+
+    def norms(self) -> tuple[Norm, Norm | None, Norm, Norm | None]:
+        """Before and after the mixer, before and after the channel."""
+        return self._mixer_norm, self._mixer_post_norm, self._channel_norm, self._channel_post_norm
+
     def attend(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """Adds attention; writes the keys and values of the step's tokens into their pages."""
-        y = self._mixer(self._mixer_norm(x), step)
+        y = self.mixer(self._mixer_norm(x), step)
         if self._mixer_post_norm is not None:
             y = self._mixer_post_norm(y)
         return y.add_(x)
@@ -68,19 +84,19 @@ class Decoder:
     def __init__(
         self,
         spec: ModelSpec,
-        weight: torch.Tensor,
+        embed: Embedding,
         layers: list[DecoderLayer],
         final_norm: Norm,
         head: Linear,
+        dtype: torch.dtype,
     ) -> None:
-        self.spec, self.layers = spec, layers
-        self.dtype = weight.dtype
-        self._embedding, self._final_norm, self._head = weight, final_norm, head
-        self._embed_scale = 1.0 if spec.embed_scale is None else spec.embed_scale
+        self.spec, self.layers, self.dtype = spec, layers, dtype
+        self._embed, self._final_norm, self._head = embed, final_norm, head
+        self.program = Program.of(self)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (T,) integer -> (T, C)."""
-        return embedding(tokens, self._embedding, self._embed_scale)
+        return self._embed(tokens)
 
     def run_layers(self, x: torch.Tensor, lo: int, hi: int, step: StepContext) -> torch.Tensor:
         """The residual stream (T, C) through the layers [lo, hi)."""
@@ -90,6 +106,8 @@ class Decoder:
 
     def forward(self, tokens: torch.Tensor, step: StepContext) -> torch.Tensor:
         """tokens (T,) -> the residual stream after the last layer (T, C); `norm` and `head` take it from there."""
+        if isinstance(self.program, Program) and self.program.takes(step):
+            return self.program.forward(tokens, step)
         return self.run_layers(self.embed(tokens), 0, len(self.layers), step)
 
     def norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,6 +116,8 @@ class Decoder:
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (rows, V) float32 of the rows asked, from the residual stream (rows, C): final norm included."""
+        if isinstance(self.program, Program):
+            return self.program.head(x)
         logits = self._head(self._final_norm(x)).float()
         cap = self.spec.logit_softcap
         return logits if cap is None else softcap(logits, cap)
@@ -113,7 +133,7 @@ def build(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: str | tor
     dtype_bytes(name)
     of_dtype: torch.dtype = getattr(torch, name)
     held = _checked(spec, tensors, of_dtype)
-    device = held["embed.weight"].device.type
+    device = held["final_norm.weight"].device.type
     rotaries: dict[RopeSpec, Rotary] = {}
     layers = []
     for index, (layer, place) in enumerate(zip(spec.layers, spec.group_layers, strict=True)):
@@ -142,9 +162,9 @@ def build(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: str | tor
                 norms.get("channel_post_norm"),
             )
         )
-    weight = held["embed.weight"]
-    head = linear(spec.head, {"head.weight": weight} if spec.tied else held, "head")
-    return Decoder(spec, weight, layers, Norm(spec.final_norm, held["final_norm.weight"]), head)
+    embed = embedding(spec, held, of_dtype)
+    head = Linear(spec.head, embed.packed, embed.format) if spec.tied else linear(spec.head, held, "head")
+    return Decoder(spec, embed, layers, Norm(spec.final_norm, held["final_norm.weight"]), head, of_dtype)
 
 
 def _channel(
@@ -169,6 +189,8 @@ def _channel(
 def _checked(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     held: dict[str, torch.Tensor] = {}
     packed = {name for name, linear_spec in spec.linears() if linear_spec.format != "dense"}
+    if spec.embed_format != "dense":
+        packed.add("embed")
     for wanted in spec.tensors():
         if wanted.name.rpartition(".")[0] in packed:
             continue

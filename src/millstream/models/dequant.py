@@ -71,6 +71,21 @@ def dequantize(
     return out.reshape(tuple(shape))
 
 
+def coded(raw: Tensor, type_name: str, shape: Sequence[int]) -> tuple[int, Tensor, Tensor, Tensor] | None:
+    """A stored matrix (O, I) as bits (4 or 8), codes (O, G, 32) uint8, and d and m (O, G): a value is d * code + m.
+
+    Exactly what is stored, but that d and m of Q4_K and Q5_K are products, which whoever keeps them may have to round.
+    None for types that are not of this form.
+    """
+    found = _CODED.get(type_name)
+    if found is None or len(shape) != 2:
+        return None
+    bits, decode = found
+    codes, d, m = decode(raw.reshape(-1, BLOCKS[type_name][1]))
+    outputs = shape[0]
+    return bits, codes.reshape(outputs, -1, 32), d.reshape(outputs, -1), m.reshape(outputs, -1)
+
+
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -192,4 +207,53 @@ _DECODE: dict[str, Callable[[Tensor, Tensor], None]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+}
+
+
+def _coded_4(at: int, centre: int | None) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def decode(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = _halves(blocks, 0)
+        m = _halves(blocks, 2) if centre is None else d * -centre
+        return _nibbles(blocks[:, None, at:]), d, m
+
+    return decode
+
+
+def _coded_5(at: int, centre: int | None) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def decode(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = _halves(blocks, 0)
+        m = _halves(blocks, 2) if centre is None else d * -centre
+        codes = _nibbles(blocks[:, None, at + 4 :]).view(-1, 32)
+        return codes.bitwise_or_(_fifth_bits(blocks, at)), d, m
+
+    return decode
+
+
+def _coded_q8_0(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    d = _halves(blocks, 0)
+    return _compact(blocks[:, 2:]) ^ 128, d, d * -128.0
+
+
+def _coded_q4_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, minimum = _six_bit_scales(blocks)
+    return _nibbles(blocks[:, 16:].view(-1, 4, 32)), scale, -minimum
+
+
+def _coded_q5_k(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale, minimum = _six_bit_scales(blocks)
+    codes = _nibbles(blocks[:, 48:].view(-1, 4, 32)).view(-1, 8, 32)
+    high = blocks[:, 16:48]
+    for group in range(8):
+        codes[:, group] |= (high >> group & 1) << 4
+    return codes, scale, -minimum
+
+
+_CODED: dict[str, tuple[int, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]] = {
+    "Q4_0": (4, _coded_4(2, 8)),
+    "Q4_1": (4, _coded_4(4, None)),
+    "Q5_0": (8, _coded_5(2, 16)),
+    "Q5_1": (8, _coded_5(4, None)),
+    "Q8_0": (8, _coded_q8_0),
+    "Q4_K": (4, _coded_q4_k),
+    "Q5_K": (8, _coded_q5_k),
 }

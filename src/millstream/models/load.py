@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from millstream.core.errors import BadFile, nearest
-from millstream.models.cache import load_tensors
+from millstream.models.cache import keep, load_tensors
 from millstream.models.decoder import Decoder, build
 from millstream.models.families.protocol import Family, find_family
 from millstream.models.opened import model_spec
@@ -42,8 +42,12 @@ class LoadedModel:
     report: LoadReport
 
 
-def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True) -> LoadedModel:
+def load_model(
+    source: ModelSource, dtype: str = "float32", cached: bool = True, weights: str = "dense"
+) -> LoadedModel:
     """Loads a model whole. `cached` lets converted weights be kept on disk for the next start.
+
+    `weights` is how matrices are kept: "dense" (in `dtype`) or "blocks" (`models/blocks_of.py`).
 
     Raises Unsupported for a family, a config field or a scaling that is not known, BadFile for a value that cannot be
     and for tensors that are missing, too many or of the wrong shape, ConfigError for a dtype that does not exist.
@@ -61,11 +65,23 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True)
     family = find_family(source.config)
     spec = model_spec(source, family)
     lap("config")
-    tensors = load_tensors(source, getattr(torch, dtype), cached)
-    lap("weights")
-    ready, report.copied_bytes = prepare(source, family, spec, tensors)
-    del tensors
-    lap("fuse")
+    if weights == "blocks":
+        # Here, so that a dense start does not load it.
+        from millstream.models.blocks_of import blocks_spec, blocks_tensors
+
+        spelled = _spelled(source, family, spec, _parts(spec))
+        _check_shapes(source, spec, spelled)
+        spec = blocks_spec(spec, source, spelled)
+        ready: Mapping[str, torch.Tensor] = keep(
+            source, "blocks", lambda: blocks_tensors(spec, source, spelled), cached
+        )
+        lap("weights")
+    else:
+        tensors = load_tensors(source, getattr(torch, dtype), cached)
+        lap("weights")
+        ready, report.copied_bytes = prepare(source, family, spec, tensors)
+        del tensors
+        lap("fuse")
     decoder = build(spec, ready, dtype)
     report.weight_bytes = sum(tensor.nbytes for tensor in ready.values())
     lap("build")
@@ -80,28 +96,31 @@ def prepare(
     Every tensor of the checkpoint is used, or known not to be needed. Raises BadFile naming one that is missing, too
     many or of another shape, in the checkpoint's own spelling.
     """
-    wanted = list(spec.tensors())
-    parts = {name: (rows, tensor) for tensor in wanted for name, rows in tensor.parts}
-    spelled = _spelled(source, family, spec, parts)
+    spelled = _spelled(source, family, spec, _parts(spec))
+    _check_shapes(source, spec, spelled)
     ready: dict[str, torch.Tensor] = {}
     copied = 0
-    for tensor in wanted:
-        pieces = []
-        for name, rows in tensor.parts:
-            shape = (rows, *tensor.shape[1:])
-            if tuple(source.shape(spelled[name])) != shape:
-                raise BadFile(
-                    source.path,
-                    f"tensor {spelled[name]!r} has shape {list(source.shape(spelled[name]))}, "
-                    f"the config asks for {list(shape)}",
-                )
-            pieces.append(tensors[spelled[name]])
+    for tensor in spec.tensors():
+        pieces = [tensors[spelled[name]] for name, _ in tensor.parts]
         whole = pieces[0] if len(pieces) == 1 else _adjoining(pieces, tensor.shape)
         if whole is None:
             whole = torch.cat(pieces)
             copied += whole.nbytes
         ready[tensor.name] = whole
     return ready, copied
+
+
+def _parts(spec: ModelSpec) -> dict[str, tuple[int, TensorSpec]]:
+    return {name: (rows, tensor) for tensor in spec.tensors() for name, rows in tensor.parts}
+
+
+def _check_shapes(source: ModelSource, spec: ModelSpec, spelled: Mapping[str, str]) -> None:
+    for name, (rows, tensor) in _parts(spec).items():
+        shape, found = (rows, *tensor.shape[1:]), tuple(source.shape(spelled[name]))
+        if found != shape:
+            raise BadFile(
+                source.path, f"tensor {spelled[name]!r} has shape {list(found)}, the config asks for {list(shape)}"
+            )
 
 
 def _spelled(

@@ -76,6 +76,10 @@ class ModelSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def stored_type(self, name: str) -> str:
+        """How a tensor is stored: "Q4_K", "BF16"."""
+        ...
+
     def stored_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         ...
@@ -126,6 +130,9 @@ class GgufSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._piece(name).shape
+
+    def stored_type(self, name: str) -> str:
+        return self._piece(name).stored.type
 
     def stored_bytes(self) -> int:
         return sum(t.nbytes for t in self._model.file.tensors.values())
@@ -202,14 +209,17 @@ class FolderSource:
             held[t.dtype] += t.nbytes
         return held.most_common(1)[0][0] if held else "none"
 
+    def stored_bytes(self) -> int:
+        return sum(t.nbytes for _, t in self._tensors.values())
+
     def tensor_names(self) -> list[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape
 
-    def stored_bytes(self) -> int:
-        return sum(t.nbytes for _, t in self._tensors.values())
+    def stored_type(self, name: str) -> str:
+        return self._find(name)[1].dtype
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         import torch

@@ -16,8 +16,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from millstream.core.cache import CacheGroup, Keep
@@ -253,7 +253,8 @@ class ModelSpec:
     """A decoder-only language model.
 
     `embed_scale` multiplies the embedding's rows (rounded to the model's dtype first, as the families that have one
-    were trained); `logit_softcap` is c in c * tanh(logits / c). A `tied` head is the embedding.
+    were trained); `logit_softcap` is c in c * tanh(logits / c). A `tied` head is the embedding, whose weight format is
+    `embed_format`.
     """
 
     name: str
@@ -268,6 +269,7 @@ class ModelSpec:
     embed_scale: float | None = None
     logit_softcap: float | None = None
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    embed_format: str = "dense"
 
     @property
     def num_layers(self) -> int:
@@ -386,6 +388,39 @@ class ModelSpec:
             seen = sum(min(context, mixer.window or context) for context in contexts)
             total += (seen + num_tokens) * mixer.kv_width * kv_size
         return total
+
+
+def with_formats(spec: ModelSpec, choose: Callable[[str, LinearSpec], LinearSpec]) -> ModelSpec:
+    """The spec with each of its matrices, the head included, replaced by what `choose` makes of its name and spec.
+
+    The experts of a mixture are of one kind: `choose` is asked for the first one.
+    """
+
+    def mlp(of: MlpSpec, stem: str) -> MlpSpec:
+        return replace(of, gate_up=choose(f"{stem}.gate_up", of.gate_up), down=choose(f"{stem}.down", of.down))
+
+    layers = []
+    for index, layer in enumerate(spec.layers):
+        stem = f"layers.{index}"
+        mixer = replace(
+            layer.mixer,
+            qkv=choose(f"{stem}.attn.qkv", layer.mixer.qkv),
+            out=choose(f"{stem}.attn.out", layer.mixer.out),
+        )
+        channel = layer.channel
+        if isinstance(channel, MlpSpec):
+            channel = mlp(channel, f"{stem}.mlp")
+        else:
+            gate = channel.shared_gate
+            channel = replace(
+                channel,
+                router=choose(f"{stem}.moe.router", channel.router),
+                expert=mlp(channel.expert, f"{stem}.moe.experts.0"),
+                shared=None if channel.shared is None else mlp(channel.shared, f"{stem}.moe.shared"),
+                shared_gate=None if gate is None else choose(f"{stem}.moe.shared_gate", gate),
+            )
+        layers.append(replace(layer, mixer=mixer, channel=channel))
+    return replace(spec, layers=tuple(layers), head=choose("head", spec.head))
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -47,6 +47,12 @@ class Dense:
     def unpack(self, packed: Packed) -> torch.Tensor:
         return packed["weight"]
 
+    def rows(self, packed: Packed, which: torch.Tensor) -> torch.Tensor:
+        return packed["weight"][which]
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         weight = packed.parts["weight"]
         return linear.resolve(_ask(weight.device.type, weight.dtype))(x, weight, packed.parts.get("bias"))

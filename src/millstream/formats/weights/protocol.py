@@ -64,6 +64,14 @@ class WeightFormat(Protocol):
         """The matrix (O, I) as floats, without bias: what `linear` must agree with."""
         ...
 
+    def rows(self, packed: Packed, which: torch.Tensor) -> torch.Tensor:
+        """Rows `which` (T,) of the matrix, (T, I): an embedding. New memory."""
+        ...
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """x (T, I) as `linear` multiplies it: itself, but for formats that round their inputs too."""
+        ...
+
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         """x (T, I) -> (T, O), bias added. The result is new memory that the caller may write to."""
         ...

@@ -17,9 +17,9 @@ class Linear:
 
     __slots__ = ("_linear", "format", "packed", "spec")
 
-    def __init__(self, spec: LinearSpec, packed: Packed, weight_format: WeightFormat) -> None:
-        self.spec, self.packed, self.format = spec, packed, weight_format
-        self._linear = weight_format.linear
+    def __init__(self, spec: LinearSpec, packed: Packed, held: WeightFormat) -> None:
+        self.spec, self.packed, self.format = spec, packed, held
+        self._linear = held.linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._linear(x, self.packed)
@@ -27,12 +27,13 @@ class Linear:
 
 def linear(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], name: str) -> Linear:
     """The matrix `name` out of the model's tensors, in the format that its spec asks for."""
-    weight_format = _format(spec.format)
-    return Linear(spec, weight_format.load(tensors, name, spec.bias), weight_format)
+    found = weight_format(spec.format)
+    return Linear(spec, found.load(tensors, name, spec.bias), found)
 
 
 # A model has hundreds of matrices; finding a plug-in looks at the disk.
 @functools.cache
-def _format(name: str) -> WeightFormat:
+def weight_format(name: str) -> WeightFormat:
+    """The format of that name; one serves all matrices."""
     found: WeightFormat = registry.make("weights", name, device=True)
     return found

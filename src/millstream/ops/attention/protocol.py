@@ -42,6 +42,7 @@ class Pages(Protocol):
 
     group: CacheGroup
     block_size: int
+    num_blocks: int
     layout: str
     dtype: torch.dtype
     copied: CopyCounts
@@ -49,6 +50,14 @@ class Pages(Protocol):
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None: ...
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def wrote(self, num_tokens: int) -> None:
+        """Counts what a native program wrote itself: `num_tokens` in every layer."""
+        ...
+
+    def addresses(self, layer: int) -> tuple[int, int]:
+        """Where the keys and the values of a layer begin in memory, the same where one block holds both."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +84,12 @@ class AttentionBackend(Protocol):
     token over itself and those before it; with `window` w over itself and the w - 1 before it. Blocks that no query of
     the row can see may be NO_BLOCK. The keys of the new tokens are in the pages before `run` is called.
 
-    `preference` orders backends that accept the same ask, highest first.
+    `preference` orders backends that accept the same ask, highest first. `in_program` says that a native program which
+    runs whole layers computes the same attention itself, to the last bit, and may be used in this backend's place.
     """
 
     preference: int
+    in_program: bool
 
     def accepts(self, ask: AttentionAsk) -> Refusal | None:
         """None, or why not. May compile kernels; asked once per model and group, not per step."""

@@ -27,6 +27,7 @@ class TorchRef:
     """Ragged rows, causal, grouped queries, sliding window, softcap, any page layout."""
 
     preference = 0
+    in_program = False
 
     def accepts(self, ask: AttentionAsk) -> Refusal | None:
         if ask.tree:

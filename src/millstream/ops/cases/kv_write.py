@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from millstream.ops.cases import Case, Table
-from millstream.ops.ref.kv import kv_write
+from millstream.ops.ref.kv import kv_write, kv_write8
 
 
 def exact(
@@ -51,7 +51,59 @@ def written(
     return make
 
 
+def exact8(
+    pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, ...]:
+    pages = pages.clone()
+    width = -(-k.shape[2] // 16) * 16
+    for t, slot in enumerate(slots.tolist()):
+        block, offset = slot // block_size, slot % block_size
+        for head in range(k.shape[1] if slot >= 0 else 0):
+            page = pages[block, head]
+            scales = page[2 * block_size * width :].view(torch.float32)
+            for place, x in enumerate((k[t, head], v[t, head])):
+                most = x.abs().max()
+                scales[place * block_size + offset] = most / 127.0
+                for d in range(width):
+                    value = round(float(x[d] * (127.0 / most))) if d < len(x) and most > 0 else 0
+                    at = (d // 4 * block_size + offset) * 4 + d % 4 if place == 0 else (offset // 4 * width + d) * 4 + offset % 4
+                    page[place * block_size * width + at] = value + 128 if place == 0 else value % 256
+    return (pages.double(),)
+
+
+def outcome8(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+    pages = args[0].clone()
+    function(pages, *args[1:])
+    return (pages,)
+
+
+def written8(tokens: int, heads: int, dim: int, size: int, order: str) -> Callable[[torch.Generator], tuple[Any, ...]]:
+    """The same keys, values and slots, for pages of bytes. One token has nothing but zeros."""
+
+    def make(generator: torch.Generator) -> tuple[Any, ...]:
+        _, v_pages, slots, k, v = written(tokens, heads, dim, size, order, strided=True)(generator)
+        if tokens > 2:
+            k[2] = v[2] = 0.0
+        width = -(-dim // 16) * 16
+        return torch.zeros(v_pages.shape[0], heads, size * (2 * width + 8), dtype=torch.uint8), slots, k, v, size
+
+    return make
+
+
 TABLES = (
+    Table(
+        kv_write8,
+        (
+            Case("one token", written8(1, 3, 64, 64, "run"), 0.0),
+            Case("no token", written8(0, 3, 64, 64, "run"), 0.0),
+            Case("a run over several blocks", written8(40, 3, 64, 16, "run"), 0.0),
+            Case("slots passed over", written8(20, 2, 72, 48, "holes"), 0.0),
+            Case("odd head", written8(9, 1, 7, 4, "scatter"), 0.0),
+            Case("wide head", written8(5, 1, 256, 64, "scatter"), 0.0),
+        ),
+        exact8,
+        outcome8,
+    ),
     Table(
         kv_write,
         (

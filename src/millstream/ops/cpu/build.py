@@ -28,7 +28,7 @@ from millstream.ops.table import ops
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 # -fno-math-errno changes no result; everything that would reorder sums stays off.
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi", "-pthread")
 # The first that the compiler takes: clang on some ARM machines only knows -mcpu.
 MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 COMPILE_LIMIT_S = 120
@@ -94,7 +94,7 @@ def library(name: str) -> ctypes.CDLL:
 def build(source: Path, directory: Path, compiler: str | None = None, extra: tuple[str, ...] = ()) -> Path:
     """Compiles one source into `directory`, or finds it there. Raises KernelError with the compiler's last words."""
     program = find_compiler(compiler)
-    text = source.read_bytes()
+    text = source.read_bytes() + b"".join(header.read_bytes() for header in sorted(source.parent.glob("*.h")))
     identity = "\n".join([*FLAGS, *extra, _version(program), cpu()])
     digest = hashlib.sha256(text + identity.encode()).hexdigest()[:20]
     target = directory / f"{source.stem}-{digest}.so"

@@ -27,3 +27,43 @@ def kv_write(
     block, offset = slots // size, slots % size
     k_pages[block, :, :, offset] = k.to(k_pages.dtype)
     v_pages[block, :, offset] = v.to(v_pages.dtype)
+
+
+@op
+def kv_write8(pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_size: int) -> None:
+    """Stores k, v (T, K, D) at `slots` (T,) int64 of pages (N, K, bytes of a head) uint8, in place, in 8 bits.
+
+    `formats/kv/int8/device.py` has the layout. A negative slot is passed over. Raises IndexError when a slot lies beyond
+    the pages.
+    """
+    kept = slots >= 0
+    if not bool(kept.all()):
+        slots, k, v = slots[kept], k[kept], v[kept]
+    if slots.numel() and int(slots.max()) >= pages.shape[0] * block_size:
+        raise IndexError(f"slot {int(slots.max())} is beyond {pages.shape[0]} blocks of {block_size}")
+    width, size = -(-k.shape[-1] // 16) * 16, block_size
+    block, offset, heads = slots // size, slots % size, pages.shape[1]
+    keys, key_scale = _bytes(k, width)
+    values, value_scale = _bytes(v, width)
+    d = torch.arange(width)
+    at = (d // 4 * size + offset[:, None]) * 4 + d % 4
+    _put(pages, block, at, (keys.to(torch.int16) + 128).to(torch.uint8))
+    _put(pages, block, size * width + (offset[:, None] // 4 * width + d) * 4 + offset[:, None] % 4, values.view(torch.uint8))
+    for place, scale in enumerate((key_scale, value_scale)):
+        at = 2 * size * width + (place * size + offset[:, None]) * 4 + torch.arange(4)
+        _put(pages, block, at, scale.contiguous().view(torch.uint8).view(-1, heads, 4))
+
+
+def _bytes(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, K, D) -> int8 (T, K, width), scale (T, K) float32."""
+    x = x.float()
+    most = x.abs().amax(-1) if x.numel() else x.new_zeros(x.shape[:2])
+    inverse = torch.where(most > 0, 127.0 / most, 0.0)
+    whole = torch.round(x * inverse[..., None]).to(torch.int8)
+    return torch.nn.functional.pad(whole, (0, width - x.shape[-1])), most / 127.0
+
+
+def _put(pages: torch.Tensor, block: torch.Tensor, at: torch.Tensor, data: torch.Tensor) -> None:
+    """data (T, K, n) to the bytes `at` (T, n) of every head of `block` (T,)."""
+    heads = torch.arange(pages.shape[1])
+    pages[block[:, None, None], heads[None, :, None], at[:, None, :]] = data

@@ -7,15 +7,12 @@ blocks of a layer are neighbours in memory.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
-
 import torch
 
 from millstream.core.cache import CacheGroup
 from millstream.core.errors import ConfigError
 from millstream.core.plan import Tier
+from millstream.formats.kv._zeros import zeros as _zeros
 from millstream.formats.kv.plain import Config, element_bytes
 from millstream.ops.attention.protocol import CopyCounts
 from millstream.ops.cpu import kv_write as _native  # noqa: F401 - registers the native implementation
@@ -64,6 +61,14 @@ class PlainPages:
         block, offset = slots // self.block_size, slots % self.block_size
         return self._k_layers[layer][block, :, :, offset], self._v_layers[layer][block, :, offset]
 
+    def wrote(self, num_tokens: int) -> None:
+        """Counts what a native program wrote itself: `num_tokens` in every layer."""
+        self.copied.write_bytes += num_tokens * self.group.num_layers * self._token_bytes
+
+    def addresses(self, layer: int) -> tuple[int, int]:
+        """Where K and V of a layer begin."""
+        return self._k_layers[layer].data_ptr(), self._v_layers[layer].data_ptr()
+
     def move(self, source: int, target: int, source_tier: Tier = Tier.DEVICE, target_tier: Tier = Tier.DEVICE) -> None:
         """Copies one block across all layers, within a tier or between them."""
         for block, tier in ((source, source_tier), (target, target_tier)):
@@ -109,18 +114,6 @@ def _pool(
     head = (group.num_layers, num_blocks, group.kv_heads)
     k = _zeros((*head, group.head_dim, block_size), dtype, device)
     return k, _zeros((*head, block_size, group.head_dim), dtype, device)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size == 0 or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # Fresh mappings read as zeros and cost memory only where written; torch.zeros would touch all of it at start.
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 PLUGIN = Plain

@@ -1,0 +1,235 @@
+// Paged attention over pages of 8 bits, all of it in integers but the softmax.
+//
+// A block holds for each kv head: keys as unsigned bytes around 128, (dim / 4, block_size, 4); values as signed bytes,
+// (block_size / 4, dim, 4); a scale for the key and one for the value of every token, float32 (2, block_size). dim is
+// rounded up to 16. Queries and softmax weights have 16 bits here, as two bytes each, so what is lost is lost where keys
+// and values are stored. Dot products are exact; attention.h says how tiles and segments become a result.
+#pragma once
+
+#include "attention.h"
+#include "int8.h"
+
+namespace attention {
+
+inline int64_t padded8(int64_t dim) { return (dim + 15) / 16 * 16; }
+inline int64_t head_bytes8(int64_t dim, int64_t block_size) { return block_size * (2 * padded8(dim) + 8); }
+
+// One token's key or value of one head becomes bytes around `centre`; returns its scale.
+inline float quantize8(const float *x, int64_t dim, int32_t centre, uint8_t *to) {
+  float most = 0.0f;
+  for (int64_t d = 0; d < dim; d++) most = std::max(most, std::fabs(x[d]));
+  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  for (int64_t d = 0; d < dim; d++) to[d] = uint8_t(int32_t(std::nearbyint(x[d] * inverse)) + centre);
+  for (int64_t d = dim; d < padded8(dim); d++) to[d] = uint8_t(centre);
+  return most / 127.0f;
+}
+
+// `head` is where the block's part of one kv head begins.
+inline void write8(uint8_t *head, int64_t dim, int64_t block_size, int64_t offset, const float *k, const float *v) {
+  const int64_t width = padded8(dim);
+  uint8_t bytes[1024];
+  float *scales = reinterpret_cast<float *>(head + 2 * block_size * width);
+  scales[offset] = quantize8(k, dim, 128, bytes);
+  for (int64_t d = 0; d < width; d += 4) std::memcpy(head + (d / 4 * block_size + offset) * 4, bytes + d, 4);
+  scales[block_size + offset] = quantize8(v, dim, 0, bytes);
+  uint8_t *values = head + block_size * width + offset / 4 * width * 4 + offset % 4;
+  for (int64_t d = 0; d < width; d++) values[d * 4] = bytes[d];
+}
+
+struct Int8 : Shared<Int8> {
+  using Shared<Int8>::Shared;
+
+  // Queries of an item as they lie in its scratch: high bytes, low bytes, then the scale of each and what the centre of
+  // the keys adds to its sums.
+  struct Queries {
+    int8_t *high, *low;
+    float *scale;
+    int32_t *centre;
+  };
+
+  Queries queries(float *q) const {
+    int8_t *bytes = reinterpret_cast<int8_t *>(q);
+    float *scale = reinterpret_cast<float *>(bytes + 2 * TOKENS_MAX * width);
+    return {bytes, bytes + TOKENS_MAX * width, scale, reinterpret_cast<int32_t *>(scale + TOKENS_MAX)};
+  }
+
+  void pack(const Item &item, float *q) const {
+    const Queries to = queries(q);
+    for (int64_t r = 0; r < item.rows; r++) {
+      const int64_t token = a.query_start[item.sequence] + (item.begin + r) / ratio;
+      const int64_t head = item.kv_head * ratio + (item.begin + r) % ratio;
+      const float *from = a.q + token * a.q_token_stride + head * a.q_head_stride;
+      float most = 0.0f;
+      for (int64_t d = 0; d < a.dim; d++) most = std::max(most, std::fabs(from[d]));
+      // 127 * 256 + 127 is the most that two signed bytes hold.
+      const float inverse = most > 0.0f ? 32639.0f / most : 0.0f;
+      int32_t sum = 0;
+      for (int64_t d = 0; d < width; d++) {
+        const int32_t x = d < a.dim ? int32_t(std::nearbyint(from[d] * inverse)) : 0, high = (x + 128) >> 8;
+        to.high[r * width + d] = int8_t(high), to.low[r * width + d] = int8_t(x - high * 256);
+        sum += x;
+      }
+      to.scale[r] = most / 32639.0f * a.scale;
+      to.centre[r] = -128 * sum;
+    }
+  }
+
+  // Scores of R rows over G groups of LANES keys that follow each other in one block.
+  template <int G, int R>
+  inline void scores(const Queries &q, int64_t row, const uint8_t *keys, const float *key_scales, float *s) const {
+    int8::Ints high[R][G] = {}, low[R][G] = {};
+    const int8_t *q_high = q.high + row * width, *q_low = q.low + row * width;
+    for (int64_t d = 0; d < width; d += 4, keys += a.block_size * 4) {
+      int8::Ints k[G];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) k[g] = *reinterpret_cast<const int8::IntsAny *>(keys + g * 64);
+#pragma GCC unroll 3
+      for (int r = 0; r < R; r++) {
+        int32_t h, l;
+        std::memcpy(&h, q_high + r * width + d, 4), std::memcpy(&l, q_low + r * width + d, 4);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) {
+          high[r][g] = int8::dot(high[r][g], k[g], int8::same(h));
+          low[r][g] = int8::dot(low[r][g], k[g], int8::same(l));
+        }
+      }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; g++) {
+        const int8::Ints total = high[r][g] * 256 + low[r][g] + q.centre[row + r];
+        Width16::store(s + r * TILE + g * LANES,
+                       __builtin_convertvector(total, Vec) * q.scale[row + r] * Width16::load(key_scales + g * LANES));
+      }
+  }
+
+  // Weights of one row over a tile, times the scales of the values, to 16 bits: high bytes and low bytes.
+  inline float weigh(const float *s, const float *const *value_scales, int first, int last, uint8_t *high,
+                     uint8_t *low) const {
+    float w[TILE];
+    Vec most = {};
+    for (int g = first; g < last; g++) {
+      const Vec p = Width16::load(s + g * LANES);
+      // What nobody sees may have any scale.
+      const Vec x = p > 0.0f ? p * Width16::load(value_scales[g]) : Vec{};
+      Width16::store(w + g * LANES, x);
+      most = x > most ? x : most;
+    }
+    const float top = fold(most, [](float x, float y) { return x > y ? x : y; });
+    const float inverse = top > 0.0f ? 65535.0f / top : 0.0f;
+    for (int g = first; g < last; g++) {
+      const int8::Ints x = __builtin_convertvector(Width16::load(w + g * LANES) * inverse + 0.5f, int8::Ints);
+      typedef uint8_t Bytes __attribute__((vector_size(16)));
+      const Bytes h = __builtin_convertvector(x >> 8, Bytes), l = __builtin_convertvector(x & 255, Bytes);
+      std::memcpy(high + g * LANES, &h, 16), std::memcpy(low + g * LANES, &l, 16);
+    }
+    return top / 65535.0f;
+  }
+
+  // acc[r] = acc[r] * fade[r] + what the values of a tile add, over G groups of 16 dimensions.
+  template <int G, int R>
+  inline void values(const uint8_t *const *v, int first, int last, const uint8_t (*high)[TILE], const uint8_t (*low)[TILE],
+                     const float *by, const float *fade, int64_t d, float *acc) const {
+    int8::Ints h[R][G] = {}, l[R][G] = {};
+    for (int g = first; g < last; g++) {
+      const uint8_t *at = v[g] + d * 4;
+      for (int quad = 0; quad < LANES / 4; quad++, at += width * 4) {
+        int8::Ints x[G];
+#pragma GCC unroll 4
+        for (int i = 0; i < G; i++) x[i] = *reinterpret_cast<const int8::IntsAny *>(at + i * 64);
+#pragma GCC unroll 3
+        for (int r = 0; r < R; r++) {
+          int32_t a_high, a_low;
+          std::memcpy(&a_high, high[r] + g * LANES + quad * 4, 4), std::memcpy(&a_low, low[r] + g * LANES + quad * 4, 4);
+#pragma GCC unroll 4
+          for (int i = 0; i < G; i++) {
+            h[r][i] = int8::dot(h[r][i], int8::same(a_high), x[i]);
+            l[r][i] = int8::dot(l[r][i], int8::same(a_low), x[i]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int i = 0; i < G; i++) {
+        float *to = acc + r * width + d + i * 16;
+        const Vec total = __builtin_convertvector(h[r][i] * 256 + l[r][i], Vec);
+        Width16::store(to, (Vec)int8::fma((int8::Vec)total, int8::splat(by[r]),
+                                          (int8::Vec)(Width16::load(to) * fade[r])));
+      }
+  }
+
+  template <int R>
+  void batch(const Queries &q, int64_t row, const uint8_t *const *k, const uint8_t *const *v,
+             const float *const *key_scales, const float *const *value_scales, int64_t key, const int64_t *low_key,
+             const int64_t *high_key, float *s, const State &state) const {
+    int64_t least = low_key[0], most = high_key[0];
+    for (int r = 1; r < R; r++) least = std::min(least, low_key[r]), most = std::max(most, high_key[r]);
+    const int64_t from = std::max(least, key) - key, to = std::min<int64_t>(most, key + TILE) - key;
+    if (from >= to) return;
+    const int first = int(from / LANES), last = int((to + LANES - 1) / LANES);
+    if (WIDE == 4 && first == 0 && last == GROUPS && a.block_size % TILE == 0)
+      scores<4, R>(q, row, k[0], key_scales[0], s);
+    else
+      for (int g = first; g < last; g++) scores<1, R>(q, row, k[g], key_scales[g], s + g * LANES);
+    float fade[R], by[R];
+    uint8_t high[R][TILE], low[R][TILE];
+    for (int r = 0; r < R; r++) {
+      fade[r] = soften(s + r * TILE, key, low_key[r], high_key[r], first, last, state.top[r], state.sum[r]);
+      by[r] = weigh(s + r * TILE, value_scales, first, last, high[r], low[r]);
+    }
+    int64_t d = 0;
+    if constexpr (WIDE == 4)
+      for (; d + 64 <= width; d += 64) values<4, R>(v, first, last, high, low, by, fade, d, state.acc);
+    for (; d < width; d += 16) values<1, R>(v, first, last, high, low, by, fade, d, state.acc);
+  }
+
+  void segment(const Item &item, int64_t number, float *scratch, float *s, const State &state) const {
+    clear(state, item.rows);
+    const Queries q = queries(scratch);
+    const int64_t length = a.seq_lens[item.sequence];
+    const int64_t start = length - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
+    const int32_t *blocks = a.block_tables + item.sequence * a.table_stride;
+    const int64_t head_size = head_bytes8(a.dim, a.block_size);
+    int64_t low[TOKENS_MAX], high[TOKENS_MAX];
+    for (int64_t r = 0; r < item.rows; r++) {
+      const int64_t position = start + (item.begin + r) / ratio;
+      low[r] = first_key(position), high[r] = position + 1;
+    }
+    const int64_t seg_from = std::max(number * SEGMENT, low[0]);
+    const int64_t seg_to = std::min((number + 1) * SEGMENT, high[item.rows - 1]);
+    for (int64_t key = seg_from / TILE * TILE; key < seg_to; key += TILE) {
+      const uint8_t *k[GROUPS] = {}, *v[GROUPS] = {};
+      const float *key_scales[GROUPS] = {}, *value_scales[GROUPS] = {};
+      for (int g = 0; g < GROUPS; g++) {
+        const int64_t at = key + g * LANES, offset = at % a.block_size;
+        // A group of keys that nobody sees may have no block; batch() does not touch it.
+        if (at + LANES <= low[0] || at >= seg_to) continue;
+        const uint8_t *head = static_cast<const uint8_t *>(a.k) +
+                              (int64_t(blocks[at / a.block_size]) * a.kv_heads + item.kv_head) * head_size;
+        k[g] = head + offset * 4;
+        v[g] = head + a.block_size * width + offset * width;
+        key_scales[g] = reinterpret_cast<const float *>(head + 2 * a.block_size * width) + offset;
+        value_scales[g] = key_scales[g] + a.block_size;
+      }
+      // Blocks lie apart, and the processor's own prefetching begins anew at each.
+      if (const int64_t next = key + TILE; next < seg_to && next % a.block_size == 0) {
+        const char *ahead = static_cast<const char *>(a.k) +
+                            (int64_t(blocks[next / a.block_size]) * a.kv_heads + item.kv_head) * head_size;
+        for (int64_t i = 0; i < head_size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+      }
+      for (int64_t r = 0; r < item.rows; r += 3) {
+        const State rows{state.top + r, state.sum + r, state.acc + r * width};
+        switch (std::min<int64_t>(3, item.rows - r)) {
+        case 1: batch<1>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows); break;
+        case 2: batch<2>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows); break;
+        default: batch<3>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows); break;
+        }
+      }
+    }
+  }
+};
+
+} // namespace attention

@@ -1,0 +1,543 @@
+// A run of decoder layers as one call: norms, products, rotary positions, the writing of keys and values, attention and
+// activations, with a barrier between them and nothing else. The members of the team share each of them out by rows,
+// heads or outputs; what a row's result is does not depend on how.
+#include "attention8.h"
+#include "pool.h"
+
+extern "C" {
+
+struct MillstreamNorm {
+  const float *weight; // null: the identity
+  float eps;
+  int32_t unused;
+};
+
+// The keys and values of one layer, and where its group's tokens lie. `kind` 0: float32, 1: bfloat16, 2: 8 bits.
+struct MillstreamGroup {
+  const int32_t *block_tables;
+  const int64_t *slots;
+  int64_t table_stride, num_blocks, block_size, kind;
+};
+
+// cos and sin, (positions, half) of each.
+struct MillstreamRope {
+  const float *cos, *sin;
+  int64_t half;
+};
+
+struct MillstreamLayer {
+  MillstreamNorm mixer_norm, mixer_post_norm, channel_norm, channel_post_norm, q_norm, k_norm;
+  MillstreamMatrix qkv, out, gate, up, down;
+  void *k, *v; // pages; v is not used where one block holds both
+  int64_t group, rope; // rope -1: none
+  int64_t activation;  // 0: silu, 1: gelu by tanh, 2: gelu
+  int64_t heads, kv_heads, dim, inner, window;
+  float scale, softcap;
+};
+
+struct MillstreamStep {
+  const MillstreamLayer *layers;
+  const MillstreamGroup *groups;
+  const MillstreamRope *ropes;
+  MillstreamMatrix embedding; // (vocabulary, width); without a stream x is given
+  const int64_t *tokens, *positions;
+  const int32_t *query_start, *seq_lens;
+  float *x; // (tokens, width)
+  void *scratch;
+  int64_t first_layer, last_layer, num_groups, num_tokens, num_rows, width, scratch_bytes, num_threads;
+  float embed_scale;
+  int32_t unused;
+};
+
+// Logits (rows, outputs) of some rows of x, from the last norm on.
+struct MillstreamHead {
+  MillstreamNorm norm;
+  MillstreamMatrix matrix;
+  const float *x;
+  const int64_t *rows;
+  float *logits;
+  void *scratch;
+  int64_t num_rows, width, scratch_bytes, num_threads;
+  float softcap;
+  int32_t unused;
+};
+
+// Keys and values (tokens, kv heads, dim), with strides in floats, into pages of 8 bits at `slots`.
+struct MillstreamWrite8 {
+  uint8_t *pages;
+  const int64_t *slots;
+  const float *k, *v;
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  int64_t num_tokens, num_blocks, block_size, kv_heads, dim;
+};
+
+// y = x W^T + bias for x (rows, inputs), y (rows, outputs), both with their strides in floats.
+struct MillstreamProduct {
+  MillstreamMatrix matrix;
+  const float *x;
+  float *y;
+  void *scratch;
+  int64_t rows, x_stride, y_stride, scratch_bytes, num_threads;
+};
+
+}
+
+namespace {
+
+using attention::exp_of;
+using int8::fma;
+using int8::load;
+using int8::splat;
+using int8::store;
+using int8::Vec;
+
+constexpr int64_t MAX_MEMBERS = 256;
+
+// Memory of a step, handed out in order; the same calls with no memory behind say how much is needed.
+struct Arena {
+  char *at;
+  int64_t used = 0;
+
+  template <class T> T *take(int64_t count) {
+    T *found = reinterpret_cast<T *>(at + used);
+    used += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
+    return found;
+  }
+
+  int8::Rows rows(int64_t count, int64_t inputs) {
+    const int64_t runs = int8::runs_of(inputs);
+    int8_t *q = take<int8_t>(count * runs * int8::RUN);
+    float *scale = take<float>(count * runs);
+    return {q, scale, take<float>(count * runs), runs};
+  }
+};
+
+inline float fold_sum(Vec v) {
+  return attention::fold((attention::Vec)v, [](float x, float y) { return x + y; });
+}
+
+// x / rms(x) * weight. `out` may be x.
+inline void norm_row(const MillstreamNorm &norm, const float *x, int64_t width, float *out) {
+  Vec squares = {};
+  int64_t i = 0;
+  for (; i + 16 <= width; i += 16) squares = fma(load(x + i), load(x + i), squares);
+  float sum = fold_sum(squares);
+  for (; i < width; i++) sum = __builtin_fmaf(x[i], x[i], sum);
+  const float by = 1.0f / std::sqrt(sum / float(width) + norm.eps);
+  for (i = 0; i + 16 <= width; i += 16) store(out + i, load(x + i) * by * load(norm.weight + i));
+  for (; i < width; i++) out[i] = x[i] * by * norm.weight[i];
+}
+
+inline Vec activate(Vec x, int64_t kind) {
+  if (kind == 0) {
+    const Vec bounded = x < -87.0f ? splat(-87.0f) : x;
+    return x / (1.0f + (Vec)exp_of((attention::Vec)(bounded > 87.0f ? splat(-87.0f) : -bounded)));
+  }
+  if (kind == 1) {
+    const Vec inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return 0.5f * x * (1.0f + (Vec)attention::tanh_of((attention::Vec)inner));
+  }
+  Vec out;
+  for (int i = 0; i < 16; i++) out[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.7071067812f));
+  return out;
+}
+
+inline void rotate(float *x, const MillstreamRope &rope, int64_t position) {
+  const float *cos = rope.cos + position * rope.half, *sin = rope.sin + position * rope.half;
+  for (int64_t d = 0; d < rope.half; d++) {
+    const float a = x[d], b = x[d + rope.half];
+    x[d] = a * cos[d] - b * sin[d];
+    x[d + rope.half] = b * cos[d] + a * sin[d];
+  }
+}
+
+template <class E>
+inline void write_plain(E *k_pages, E *v_pages, const MillstreamLayer &l, int64_t block_size, int64_t slot, int64_t head,
+                        const float *k, const float *v) {
+  const int64_t base = (slot / block_size * l.kv_heads + head) * block_size * l.dim, offset = slot % block_size;
+  for (int64_t d = 0; d < l.dim; d++) attention::keep(k_pages + base + d * block_size + offset, k[d]);
+  for (int64_t d = 0; d < l.dim; d++) attention::keep(v_pages + base + offset * l.dim + d, v[d]);
+}
+
+// Attention of one cache group: planned once a step, pointed at each layer's pages in turn.
+struct GroupAttention {
+  MillstreamAttention args{};
+  std::unique_ptr<attention::Plain<float>> wide;
+  std::unique_ptr<attention::Plain<uint16_t>> half;
+  std::unique_ptr<attention::Int8> bytes;
+
+  int plan(int64_t kind) {
+    if (kind == 0) return (wide.reset(new attention::Plain<float>(args)), wide->plan());
+    if (kind == 1) return (half.reset(new attention::Plain<uint16_t>(args)), half->plan());
+    return (bytes.reset(new attention::Int8(args)), bytes->plan());
+  }
+
+  template <class F> void with(F f) {
+    if (wide) f(*wide);
+    else if (half) f(*half);
+    else f(*bytes);
+  }
+
+  bool in_parts() {
+    bool found = false;
+    with([&](auto &kind) { found = !kind.split.empty(); });
+    return found;
+  }
+};
+
+struct Layers {
+  const MillstreamStep &step;
+  std::vector<GroupAttention> attentions;
+  std::vector<std::atomic<int64_t>> taken;
+  std::vector<std::atomic<int>> items;
+  pool::Barrier barrier;
+  int8::Rows wide{}, inner{};
+  float *qkv = nullptr, *seen = nullptr, *lse = nullptr, *hidden = nullptr;
+  int64_t qkv_width = 0, seen_width = 0;
+  uint32_t size;
+
+  static constexpr int PHASES = 10;
+
+  Layers(const MillstreamStep &s, uint32_t members)
+      : step(s), taken(size_t(PHASES * (s.last_layer - s.first_layer) + 1) * members),
+        items(size_t(s.last_layer - s.first_layer)), size(members) {}
+
+  int64_t lay_out(char *memory) {
+    int64_t widest = step.width, inner_width = 1, heads = 1;
+    for (int64_t i = step.first_layer; i < step.last_layer; i++) {
+      const MillstreamLayer &l = step.layers[i];
+      qkv_width = std::max(qkv_width, (l.heads + 2 * l.kv_heads) * l.dim);
+      seen_width = std::max(seen_width, l.heads * l.dim);
+      inner_width = std::max(inner_width, l.inner);
+      heads = std::max(heads, l.heads);
+    }
+    // Rows a multiple of 4096 bytes apart would all want the same few lines of the cache.
+    qkv_width += 16, seen_width += 16;
+    Arena arena{memory};
+    wide = arena.rows(step.num_tokens, std::max(widest, seen_width));
+    inner = arena.rows(step.num_tokens, inner_width);
+    qkv = arena.take<float>(step.num_tokens * qkv_width);
+    seen = arena.take<float>(step.num_tokens * seen_width);
+    lse = arena.take<float>(step.num_tokens * heads);
+    hidden = arena.take<float>(step.num_tokens * step.width);
+    return arena.used;
+  }
+
+  int plan() {
+    attentions.resize(size_t(step.num_groups));
+    for (int64_t i = step.first_layer; i < step.last_layer; i++) {
+      const MillstreamLayer &l = step.layers[i];
+      GroupAttention &attend = attentions[size_t(l.group)];
+      if (attend.args.q) continue;
+      const MillstreamGroup &g = step.groups[l.group];
+      MillstreamAttention &a = attend.args;
+      a.q = qkv, a.out = seen, a.lse = lse;
+      a.query_start = step.query_start, a.seq_lens = step.seq_lens, a.block_tables = g.block_tables;
+      // Never called: it only says that rows may be cut into parts. The members of this team take them.
+      if (size > 1) a.parallel = [](void (*)(void *), void *, unsigned, unsigned) {};
+      a.q_token_stride = qkv_width, a.q_head_stride = l.dim, a.out_token_stride = seen_width, a.out_head_stride = l.dim;
+      a.num_rows = step.num_rows, a.table_stride = g.table_stride, a.num_blocks = g.num_blocks;
+      a.block_size = g.block_size, a.heads = l.heads, a.kv_heads = l.kv_heads, a.dim = l.dim, a.window = l.window;
+      a.num_threads = size, a.page_bits = 32, a.scale = l.scale, a.softcap = l.softcap;
+      if (attend.plan(g.kind) != 0) return -1;
+      for (int64_t t = 0; t < step.num_tokens; t++)
+        if (g.slots[t] < 0 || g.slots[t] >= g.num_blocks * g.block_size) return -1;
+    }
+    return 0;
+  }
+
+  template <class Put> auto product(const MillstreamMatrix &w, const int8::Rows &x, const Put &put) const {
+    return int8::Product<Put>{w, x, step.num_tokens, put};
+  }
+
+  void work(uint32_t member) {
+    const int64_t tokens = step.num_tokens, width = step.width;
+    std::atomic<int64_t> *next = taken.data();
+    // All members do the same phases in the same order, so each finds the same counters.
+    const auto share = [&](int64_t total, const auto &each) {
+      pool::Shares{next, member, size}.each(total, each);
+      next += size;
+      barrier.wait(size);
+    };
+    if (step.embedding.stream)
+      share(tokens, [&](int64_t t) {
+        float *x = step.x + t * width;
+        int8::output_row(step.embedding, step.tokens[t], x);
+        for (int64_t i = 0; i < width; i++) x[i] *= step.embed_scale;
+      });
+    else next += size;
+    for (int64_t i = step.first_layer; i < step.last_layer; i++) {
+      const MillstreamLayer &l = step.layers[i];
+      std::atomic<int64_t> *const after = next + (PHASES - 1) * size;
+      const auto runs = [&](int64_t inputs) { return int8::runs_of(inputs); };
+      int8::Rows x = wide;
+      x.runs = runs(width);
+      const auto normed = [&](const MillstreamNorm &norm) {
+        share(tokens, [&](int64_t t) {
+          static thread_local std::vector<float> row;
+          row.resize(size_t(width));
+          norm_row(norm, step.x + t * width, width, row.data());
+          int8::quantize_row(row.data(), width, x.q + t * x.runs * int8::RUN, x.scale + t * x.runs, x.sum + t * x.runs);
+        });
+      };
+      const auto added = [&](const MillstreamMatrix &w, const int8::Rows &rows, const MillstreamNorm &post) {
+        if (post.weight) {
+          const auto put = [&](int64_t t, int64_t o, int64_t n, const float *y) {
+            std::memcpy(hidden + t * width + o, y, size_t(n) * sizeof(float));
+          };
+          const auto multiply = product(w, rows, put);
+          share(multiply.units(), [&](int64_t unit) { multiply.unit(unit); });
+          share(tokens, [&](int64_t t) {
+            float *y = hidden + t * width;
+            norm_row(post, y, width, y);
+            for (int64_t d = 0; d < width; d++) step.x[t * width + d] += y[d];
+          });
+        } else {
+          const auto put = [&](int64_t t, int64_t o, int64_t n, const float *y) {
+            float *to = step.x + t * width + o;
+            for (int64_t d = 0; d < n; d++) to[d] += y[d];
+          };
+          const auto multiply = product(w, rows, put);
+          share(multiply.units(), [&](int64_t unit) { multiply.unit(unit); });
+        }
+      };
+
+      normed(l.mixer_norm);
+      {
+        const auto put = [&](int64_t t, int64_t o, int64_t n, const float *y) {
+          std::memcpy(qkv + t * qkv_width + o, y, size_t(n) * sizeof(float));
+        };
+        const auto multiply = product(l.qkv, x, put);
+        share(multiply.units(), [&](int64_t unit) { multiply.unit(unit); });
+      }
+      share(tokens * l.kv_heads, [&](int64_t unit) { place(l, unit / l.kv_heads, unit % l.kv_heads); });
+      GroupAttention &attend = attentions[size_t(l.group)];
+      if (member == 0) attend.args.k = l.k, attend.args.v = l.v;
+      barrier.wait(size);
+      attend.with([&](auto &kind) { kind.work(items[size_t(i - step.first_layer)]); });
+      barrier.wait(size);
+      if (attend.in_parts()) {
+        if (member == 0) attend.with([&](auto &kind) { kind.join(); });
+        barrier.wait(size);
+      }
+      int8::Rows heads = wide;
+      heads.runs = runs(l.heads * l.dim);
+      share(tokens, [&](int64_t t) {
+        int8::quantize_row(seen + t * seen_width, l.heads * l.dim, heads.q + t * heads.runs * int8::RUN,
+                           heads.scale + t * heads.runs, heads.sum + t * heads.runs);
+      });
+      added(l.out, heads, l.mixer_post_norm);
+
+      normed(l.channel_norm);
+      int8::Rows between = inner;
+      between.runs = runs(l.inner);
+      share(gated(l, x, between).units(), [&](int64_t unit) { gated(l, x, between).unit(unit); });
+      added(l.down, between, l.channel_post_norm);
+      next = after + size;
+    }
+  }
+
+  // The two products of an MLP for the same outputs, what follows them, and back to 8 bits.
+  struct Gated {
+    const Layers &all;
+    const MillstreamLayer &l;
+    const int8::Rows &x, &to;
+
+    int64_t blocks() const { return (all.step.num_tokens + int8::ROWS - 1) / int8::ROWS; }
+    int64_t units() const { return l.inner / int8::RUN * blocks(); }
+
+    void unit(int64_t number) const {
+      static_assert(int8::WIDE * int8::PANEL == int8::RUN, "one unit is one run of the next product");
+      static thread_local float gate[(int8::ROWS + 1) * int8::RUN];
+      int64_t first = -1;
+      const auto keep = [&](int64_t t, int64_t, int64_t, const float *y) {
+        if (first < 0) first = t;
+        std::memcpy(gate + (t - first) * int8::RUN, y, int8::RUN * sizeof(float));
+      };
+      all.product(l.gate, x, keep).unit(number);
+      const auto put = [&](int64_t t, int64_t o, int64_t, const float *y) {
+        float both[int8::RUN];
+        const float *g = gate + (t - first) * int8::RUN;
+        for (int i = 0; i < int8::RUN; i += 16) store(both + i, activate(load(g + i), l.activation) * load(y + i));
+        const int64_t run = o / int8::RUN, at = t * to.runs + run;
+        int8::quantize_row(both, int8::RUN, to.q + at * int8::RUN, to.scale + at, to.sum + at);
+      };
+      all.product(l.up, x, put).unit(number);
+    }
+  };
+
+  Gated gated(const MillstreamLayer &l, const int8::Rows &x, const int8::Rows &to) const { return {*this, l, x, to}; }
+
+  // Norms and turns the queries and the key of one token and kv head, and puts key and value into their page.
+  void place(const MillstreamLayer &l, int64_t t, int64_t head) const {
+    float *row = qkv + t * qkv_width;
+    const int64_t ratio = l.heads / l.kv_heads, position = step.positions[t];
+    float *k = row + (l.heads + head) * l.dim, *v = row + (l.heads + l.kv_heads + head) * l.dim;
+    for (int64_t h = head * ratio; h < (head + 1) * ratio; h++) {
+      float *q = row + h * l.dim;
+      if (l.q_norm.weight) norm_row(l.q_norm, q, l.dim, q);
+      if (l.rope >= 0) rotate(q, step.ropes[l.rope], position);
+    }
+    if (l.k_norm.weight) norm_row(l.k_norm, k, l.dim, k);
+    if (l.rope >= 0) rotate(k, step.ropes[l.rope], position);
+    const MillstreamGroup &g = step.groups[l.group];
+    const int64_t slot = g.slots[t];
+    if (g.kind == 0)
+      write_plain(static_cast<float *>(l.k), static_cast<float *>(l.v), l, g.block_size, slot, head, k, v);
+    else if (g.kind == 1)
+      write_plain(static_cast<uint16_t *>(l.k), static_cast<uint16_t *>(l.v), l, g.block_size, slot, head, k, v);
+    else
+      attention::write8(static_cast<uint8_t *>(l.k) +
+                            (slot / g.block_size * l.kv_heads + head) * attention::head_bytes8(l.dim, g.block_size),
+                        l.dim, g.block_size, slot % g.block_size, k, v);
+  }
+};
+
+inline uint32_t members(int64_t threads) { return uint32_t(std::min(std::max<int64_t>(threads, 1), MAX_MEMBERS)); }
+
+} // namespace
+
+extern "C" {
+
+// Bytes of scratch that a step of `num_tokens` needs.
+int64_t millstream_layers_scratch(const MillstreamStep *s) { return Layers(*s, 1).lay_out(nullptr); }
+
+// 0; -1 when a row needs a block that is not one of the pages, has fewer tokens than queries, or a slot beyond the
+// pages; -2 when there is too little scratch. Nothing is written then.
+int millstream_layers(const MillstreamStep *s) {
+  if (s->num_tokens <= 0) return 0;
+  Layers layers(*s, members(s->num_threads));
+  if (layers.lay_out(static_cast<char *>(s->scratch)) > s->scratch_bytes) return -2;
+  if (layers.plan() != 0) return -1;
+  pool::team().run([](void *job, uint32_t member, uint32_t) { static_cast<Layers *>(job)->work(member); }, &layers,
+                   layers.size);
+  return 0;
+}
+
+int64_t millstream_head_scratch(const MillstreamHead *h) {
+  Arena arena{nullptr};
+  arena.rows(h->num_rows, h->width);
+  return arena.used;
+}
+
+int millstream_head(const MillstreamHead *h) {
+  struct Job {
+    const MillstreamHead &h;
+    int8::Rows rows;
+    uint32_t size;
+    std::vector<std::atomic<int64_t>> taken;
+    pool::Barrier barrier;
+  };
+  if (h->num_rows <= 0) return 0;
+  if (millstream_head_scratch(h) > h->scratch_bytes) return -2;
+  Arena arena{static_cast<char *>(h->scratch)};
+  const uint32_t size = members(h->num_threads);
+  Job job{*h, arena.rows(h->num_rows, h->width), size, std::vector<std::atomic<int64_t>>(2 * size), {}};
+  pool::team().run(
+      [](void *self, uint32_t member, uint32_t size) {
+        Job &job = *static_cast<Job *>(self);
+        const MillstreamHead &h = job.h;
+        const int8::Rows &rows = job.rows;
+        pool::Shares{job.taken.data(), member, size}.each(h.num_rows, [&](int64_t r) {
+          static thread_local std::vector<float> row;
+          row.resize(size_t(h.width));
+          norm_row(h.norm, h.x + h.rows[r] * h.width, h.width, row.data());
+          int8::quantize_row(row.data(), h.width, rows.q + r * rows.runs * int8::RUN, rows.scale + r * rows.runs,
+                             rows.sum + r * rows.runs);
+        });
+        job.barrier.wait(size);
+        const auto put = [&](int64_t r, int64_t o, int64_t n, const float *y) {
+          float *to = h.logits + r * h.matrix.outputs + o;
+          if (h.softcap > 0.0f)
+            for (int64_t i = 0; i < n; i++) to[i] = h.softcap * std::tanh(y[i] / h.softcap);
+          else
+            std::memcpy(to, y, size_t(n) * sizeof(float));
+        };
+        const int8::Product<decltype(put)> multiply{h.matrix, rows, h.num_rows, put};
+        pool::Shares{job.taken.data() + size, member, size}.each(multiply.units(),
+                                                                [&](int64_t unit) { multiply.unit(unit); });
+      },
+      &job, size);
+  return 0;
+}
+
+int64_t millstream_product_scratch(const MillstreamProduct *p) {
+  Arena arena{nullptr};
+  arena.rows(p->rows, p->matrix.inputs);
+  return arena.used;
+}
+
+int millstream_product(const MillstreamProduct *p) {
+  struct Job {
+    const MillstreamProduct &p;
+    int8::Rows rows;
+    std::vector<std::atomic<int64_t>> taken;
+    pool::Barrier barrier;
+  };
+  if (p->rows <= 0) return 0;
+  if (millstream_product_scratch(p) > p->scratch_bytes) return -2;
+  Arena arena{static_cast<char *>(p->scratch)};
+  // Waking the team costs more than a small product.
+  const uint32_t size = p->rows * p->matrix.inputs * p->matrix.outputs > 200000 ? members(p->num_threads) : 1;
+  Job job{*p, arena.rows(p->rows, p->matrix.inputs), std::vector<std::atomic<int64_t>>(2 * size), {}};
+  pool::team().run(
+      [](void *self, uint32_t member, uint32_t size) {
+        Job &job = *static_cast<Job *>(self);
+        const MillstreamProduct &p = job.p;
+        const int8::Rows &rows = job.rows;
+        pool::Shares{job.taken.data(), member, size}.each(p.rows, [&](int64_t r) {
+          int8::quantize_row(p.x + r * p.x_stride, p.matrix.inputs, rows.q + r * rows.runs * int8::RUN,
+                             rows.scale + r * rows.runs, rows.sum + r * rows.runs);
+        });
+        job.barrier.wait(size);
+        const auto put = [&](int64_t r, int64_t o, int64_t n, const float *y) {
+          std::memcpy(p.y + r * p.y_stride + o, y, size_t(n) * sizeof(float));
+        };
+        const int8::Product<decltype(put)> multiply{p.matrix, rows, p.rows, put};
+        pool::Shares{job.taken.data() + size, member, size}.each(multiply.units(),
+                                                                [&](int64_t unit) { multiply.unit(unit); });
+      },
+      &job, size);
+  return 0;
+}
+
+// 0, or -1 when a slot lies beyond the pages; nothing is written then. A negative slot is passed over.
+int millstream_kv_write8(const MillstreamWrite8 *w) {
+  for (int64_t t = 0; t < w->num_tokens; t++)
+    if (w->slots[t] >= w->num_blocks * w->block_size) return -1;
+  for (int64_t t = 0; t < w->num_tokens; t++) {
+    if (w->slots[t] < 0) continue;
+    for (int64_t h = 0; h < w->kv_heads; h++)
+      attention::write8(w->pages + (w->slots[t] / w->block_size * w->kv_heads + h) *
+                                       attention::head_bytes8(w->dim, w->block_size),
+                        w->dim, w->block_size, w->slots[t] % w->block_size, w->k + t * w->k_token_stride + h * w->k_head_stride,
+                        w->v + t * w->v_token_stride + h * w->v_head_stride);
+  }
+  return 0;
+}
+
+// 0, or -1 when a row needs a block that is not one of the pages, or has fewer tokens than queries.
+int millstream_attention8(const MillstreamAttention *a) {
+  MillstreamAttention args = *a;
+  if (args.num_threads > 1) args.parallel = [](void (*)(void *), void *, unsigned, unsigned) {};
+  attention::Int8 pages(args);
+  if (pages.plan() != 0) return -1;
+  struct Job {
+    attention::Int8 &pages;
+    std::atomic<int> next;
+  } job{pages, {0}};
+  pool::team().run([](void *self, uint32_t, uint32_t) { static_cast<Job *>(self)->pages.work(static_cast<Job *>(self)->next); },
+                   &job, members(pages.threads));
+  pages.join();
+  return 0;
+}
+
+// Sizes of the argument structs: the caller checks that it sees the same ones.
+int64_t millstream_program_abi(int which) {
+  const int64_t sizes[] = {sizeof(MillstreamMatrix), sizeof(MillstreamNorm), sizeof(MillstreamGroup),
+                           sizeof(MillstreamRope),   sizeof(MillstreamLayer), sizeof(MillstreamStep),
+                           sizeof(MillstreamHead),   sizeof(MillstreamProduct), sizeof(MillstreamWrite8),
+                           sizeof(MillstreamAttention)};
+  return which >= 0 && which < 10 ? sizes[which] : -1;
+}
+}
