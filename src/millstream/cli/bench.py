@@ -141,7 +141,8 @@ def _startup(args: argparse.Namespace) -> int:
     with download_progress(args.model) as progress:
         path = store.resolve(args.model, progress=progress, notice=note)
     passed: list[str] = []
-    for flag, given in (("--dtype", args.dtype), ("--max-context", args.max_context), ("--config", args.config)):
+    flags = {"--dtype": args.dtype, "--weights": args.weights, "--max-context": args.max_context, "--config": args.config}
+    for flag, given in flags.items():
         passed += [flag, str(given)] if given is not None else []
     for pair in args.set:
         passed += ["--set", pair]
@@ -240,6 +241,7 @@ def _formats(llm: LLM) -> dict[str, str]:
     config, built = llm.assembled.resolved.config, llm.assembled.built
     return {
         "stored": llm.assembled.source.quantization,
+        "weights": ", ".join(sorted(built.formats)),
         "dtype": config.model.dtype,
         "kv": str(config.cache.kv),
         "attention": ", ".join(f"{group}: {name}" for group, name in built.attention.items()),

@@ -59,7 +59,7 @@ def _from_headers(args: argparse.Namespace) -> dict[str, Any]:
     from millstream.core import registry
     from millstream.engine.assemble import COMPOSE, measured_knee
     from millstream.engine.check import check
-    from millstream.engine.resolve import Machine, resolve
+    from millstream.engine.resolve import Machine, kv_choice, resolve
     from millstream.models.opened import open_model
 
     config = engine_config(args)
@@ -67,7 +67,7 @@ def _from_headers(args: argparse.Namespace) -> dict[str, Any]:
     with download_progress(args.model) as progress:
         opened = open_model(args.model, progress, note)
     compose = importlib.import_module(COMPOSE)
-    kv = registry.make("kv", config.cache.kv)
+    kv = registry.make("kv", kv_choice(config)[0])
     machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source))
     resolved = resolve(
         config, opened.spec, machine, lambda group, size: int(kv.page_bytes(group, size, config.model.dtype))

@@ -31,6 +31,7 @@ _SAMPLING: tuple[tuple[str, type, str], ...] = (
 def engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", help="of weights and activations (default float32)")
+    group.add_argument("--weights", help="dense (default), or blocks: 4 and 8 bits as stored in a GGUF file, faster")
     group.add_argument("--max-context", type=int, metavar="N", help="in tokens; at most what the model was made for")
     group.add_argument("--config", metavar="FILE", help="a TOML or YAML file with the config tree")
     group.add_argument(
@@ -54,7 +55,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     from millstream.config.load import build, merge, parse_sets, read_file
     from millstream.config.schema import EngineConfig
 
-    short = {key: value for key in ("dtype", "max_context") if (value := getattr(args, key)) is not None}
+    short = {key: value for key in ("dtype", "weights", "max_context") if (value := getattr(args, key)) is not None}
     return build(
         EngineConfig,
         merge(read_file(args.config) if args.config else {}, parse_sets(args.set), {"model": short} if short else {}),

@@ -16,9 +16,14 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """`dtype` of weights and activations; `max_context` in tokens, at most what the model was made for."""
+    """`dtype` of weights and activations; `max_context` in tokens, at most what the model was made for.
+
+    `weights` is how matrices are kept: "dense", in the dtype, or "blocks": codes of 4 or 8 bits with scales, as they are
+    stored in a GGUF file, multiplied by activations of 8 bits. Faster, and off by what that rounding costs.
+    """
 
     dtype: str = "float32"
+    weights: str = "dense"
     max_context: int | Auto = "auto"
 
 
@@ -26,10 +31,10 @@ class ModelConfig:
 class CacheConfig:
     """The KV cache. `bytes` is its budget ("4GiB", "512MB" or a number); `blocks` sets the count itself.
 
-    `host_bytes` is what swapped-out sequences may take of host memory.
+    `kv` is how keys and values are stored: "auto" is plain, or int8 beside weights in blocks. `host_bytes` is what swapped-out sequences may take of host memory.
     """
 
-    kv: Choice = Choice("plain")
+    kv: Choice | Auto = "auto"
     block_size: int | Auto = "auto"
     bytes: int | str = "auto"
     blocks: int | Auto = "auto"

@@ -23,7 +23,7 @@ from millstream.core.request import Limits, Request
 from millstream.decode.protocol import Observer
 from millstream.engine.check import check
 from millstream.engine.engine import Engine
-from millstream.engine.resolve import Machine, Resolved, resolve, whole_blocks
+from millstream.engine.resolve import Machine, Resolved, kv_choice, resolve, whole_blocks
 from millstream.memory.ledger import Ledger
 from millstream.models.spec import ModelSpec
 from millstream.sched.scheduler import Scheduler
@@ -86,14 +86,16 @@ def assemble(
     spec = opened.spec
     compose = importlib.import_module(COMPOSE)
     lap("import torch")
-    kv = registry.make("kv", config.cache.kv)
+    kv = registry.make("kv", kv_choice(config)[0])
     machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source))
     resolved = resolve(config, spec, machine, lambda group, size: int(kv.page_bytes(group, size, config.model.dtype)))
+    config = resolved.config
     built = compose.build_runner(
         opened.source,
         spec,
         config.model.dtype,
-        config.cache.kv,
+        config.model.weights,
+        kv_choice(config)[0],
         resolved.block_size,
         resolved.blocks,
         resolved.host_blocks,
@@ -131,7 +133,7 @@ def build_engine(
         resolved.blocks,
         registry.make("prefix", config.cache.prefix),
         resolved.host_blocks,
-        (key, str(config.cache.kv)),
+        (key, config.model.weights, str(config.cache.kv)),
     )
     scheduler = Scheduler(
         ledger,

@@ -10,12 +10,17 @@ from millstream.core.registry import Card, Choice
 DTYPES = ("float32", "bfloat16")
 PREEMPTION = ("recompute", "swap")
 OPS = ("auto", "ref")
+WEIGHTS = ("dense", "blocks")
 
 
 def check(config: EngineConfig) -> None:
     """Raises ConfigError or UnknownName for a plug-in that does not exist and for settings that do not go together."""
     if config.model.dtype not in DTYPES:
         raise UnknownName("dtype (model.dtype)", config.model.dtype, DTYPES)
+    if config.model.weights not in WEIGHTS:
+        raise UnknownName("way to keep weights (model.weights)", config.model.weights, WEIGHTS)
+    if config.model.weights == "blocks" and config.model.dtype != "float32":
+        raise ConfigError(f"model.weights 'blocks' computes in float32, model.dtype is {config.model.dtype}")
     if config.sched.preemption not in PREEMPTION:
         raise UnknownName("preemption (sched.preemption)", config.sched.preemption, PREEMPTION)
     if config.runner.ops not in OPS:
@@ -41,7 +46,9 @@ def check(config: EngineConfig) -> None:
 
 def choices(config: EngineConfig) -> list[tuple[str, Choice]]:
     """Every plug-in that a config names, with its point."""
-    found = [("kv", config.cache.kv), ("prefix", config.cache.prefix), ("decode", config.decode)]
+    found = [("prefix", config.cache.prefix), ("decode", config.decode)]
+    if config.cache.kv != "auto":
+        found.append(("kv", config.cache.kv))
     found += [("policy", choice) for choice in config.sched.policies]
     if config.sched.meters != "auto":
         found += [("meter", choice) for choice in config.sched.meters]

@@ -33,7 +33,7 @@ Progress = Callable[[RequestOutput], None]
 
 
 def engine_config(config: EngineConfig | Mapping[str, Any] | str | Path | None, **options: Any) -> EngineConfig:
-    """A config from a file, a tree or nothing, with options over it. `dtype` and `max_context` are the model's.
+    """A config from a file, a tree or nothing, with options over it. `dtype`, `weights` and `max_context` are the model's.
 
     Raises ConfigError for keys that do not exist, naming the nearest.
     """
@@ -47,7 +47,7 @@ def engine_config(config: EngineConfig | Mapping[str, Any] | str | Path | None, 
         tree = read_file(config)
     else:
         tree = config or {}
-    short = {key: options.pop(key) for key in ("dtype", "max_context") if key in options}
+    short = {key: options.pop(key) for key in ("dtype", "weights", "max_context") if key in options}
     return build(EngineConfig, merge(tree, options, {"model": short} if short else {}))
 
 

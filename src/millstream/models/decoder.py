@@ -59,6 +59,10 @@ class DecoderLayer:
         """Its channel, unless that is a mixture."""
         return self._channel if isinstance(self._channel, Mlp) else None
 
+    def linears(self) -> list[Linear]:
+        """Every matrix of the layer."""
+        return [self.mixer.qkv, self.mixer.out, *self._channel.linears()]
+
     def norms(self) -> tuple[Norm, Norm | None, Norm, Norm | None]:
         """Before and after the mixer, before and after the channel."""
         return self._mixer_norm, self._mixer_post_norm, self._channel_norm, self._channel_post_norm
@@ -93,6 +97,16 @@ class Decoder:
         self.spec, self.layers, self.dtype = spec, layers, dtype
         self._embed, self._final_norm, self._head = embed, final_norm, head
         self.program = Program.of(self)
+
+    def format_bytes(self) -> dict[str, int]:
+        """Bytes of the matrices in each weight format; a tied head counts once."""
+        found: dict[str, int] = {}
+        packed = [self._embed.packed] + ([] if self.spec.tied else [self._head.packed])
+        for layer in self.layers:
+            packed += [linear.packed for linear in layer.linears()]
+        for one in packed:
+            found[one.format] = found.get(one.format, 0) + one.nbytes
+        return found
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (T,) integer -> (T, C)."""

@@ -24,13 +24,18 @@ from millstream.runner.torch_runner import TorchRunner
 
 @dataclass(slots=True)
 class Built:
-    """A runner and what was decided on the way: which implementation of each op, and why not the others."""
+    """A runner and what was decided on the way: which implementation of each op, and why not the others.
+
+    `program` is why layers are not run as one native call, None where they are; `formats` are bytes by weight format.
+    """
 
     runner: TorchRunner
     weight_bytes: int
     kv_bytes: int
     attention: dict[str, str]
     refusals: dict[str, tuple[tuple[str, str], ...]]
+    program: str | None
+    formats: dict[str, int]
     phases: dict[str, float] = field(default_factory=dict)
 
 
@@ -38,6 +43,7 @@ def build_runner(
     source: ModelSource,
     spec: ModelSpec,
     dtype: str,
+    weights: str,
     kv: Choice,
     block_size: int,
     blocks: Mapping[str, int],
@@ -52,7 +58,7 @@ def build_runner(
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     with table.use("ref" if ops == "ref" else "auto"):
-        loaded = load_model(source, dtype)
+        loaded = load_model(source, dtype, weights=weights)
         start = time.perf_counter()
         formats = registry.make("kv", kv, device=True)
         pages, backends = {}, {}
@@ -80,10 +86,16 @@ def build_runner(
             pages[group.name] = held
             names[group.name], refusals[group.name] = choice.name, choice.refused
         phases = {**loaded.report.phases, "pages": time.perf_counter() - start}
-    host = registry.get("kv", kv.name)(registry.options("kv", kv))
+    host = registry.make("kv", kv)
     kv_bytes = sum(blocks[g.name] * host.page_bytes(g, block_size, dtype) for g in spec.groups)
     runner = TorchRunner(loaded.decoder, pages, backends, plans)
-    return Built(runner, loaded.report.weight_bytes, kv_bytes, names, refusals, phases)
+    program = loaded.decoder.program
+    why = program.reason if isinstance(program, table.Refusal) else None
+    if why is None and not all(backend.in_program for backend in backends.values()):
+        why = "attention is " + ", ".join(sorted(set(names.values())))
+    return Built(
+        runner, loaded.report.weight_bytes, kv_bytes, names, refusals, why, loaded.decoder.format_bytes(), phases
+    )
 
 
 def usable_cores() -> int:

@@ -24,6 +24,9 @@ class Mlp:
         self.spec, self.gate_up, self.down = spec, gate_up, down
         self._gate = ACTIVATIONS[spec.activation].resolve(Ask(device, dtype, spec.inner))
 
+    def linears(self) -> list[Linear]:
+        return [self.gate_up, self.down]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(self._gate(gate, up))
@@ -39,6 +42,11 @@ class Moe:
     ) -> None:
         self.spec, self.router, self.experts = spec, router, experts
         self.shared, self.shared_gate = shared, shared_gate
+
+    def linears(self) -> list[Linear]:
+        mlps = [*self.experts, *([self.shared] if self.shared is not None else [])]
+        gate = [self.shared_gate] if self.shared_gate is not None else []
+        return [self.router, *gate, *(linear for mlp in mlps for linear in mlp.linears())]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = moe(x, self.router(x), self._expert, self.spec.top_k, normalize=self.spec.normalize)
