@@ -11,6 +11,10 @@ from millstream.core.request import Request
 from millstream.core.sequence import Finish, Sequence
 
 
+# Why a row ends whose logits hold a NaN, an infinity, or nothing to choose from.
+NOT_FINITE = "the model gave logits that are not finite"
+
+
 @dataclass(frozen=True, slots=True)
 class Accepted:
     """What a settled row adds to its sequence."""

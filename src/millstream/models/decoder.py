@@ -128,6 +128,13 @@ class Decoder:
         """The final norm, (rows, C) -> (rows, C)."""
         return self._final_norm(x)
 
+    def best(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest token (R,) of some `rows` (R,) of x, and its logit (R,), NaN where any logit is one."""
+        if isinstance(self.program, Program):
+            return self.program.best(x, rows)
+        most, tokens = self.head(x if rows.shape[0] == x.shape[0] else x[rows]).max(-1)
+        return tokens, most
+
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (rows, V) float32 of the rows asked, from the residual stream (rows, C): final norm included."""
         if isinstance(self.program, Program):

@@ -90,19 +90,31 @@ class Program:
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The residual stream of some rows (rows, C) -> logits (rows, V) float32."""
+        logits = torch.empty((x.shape[0], self._decoder.spec.vocab_size), dtype=torch.float32)
+        self._head(x, None, logits.data_ptr(), None, None)
+        return logits
+
+    def best(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest token (R,) int64 of `rows` (R,) int64 of x, and its logit (R,) float32: no logits are kept."""
+        tokens, most = torch.empty(rows.shape[0], dtype=torch.int64), torch.empty(rows.shape[0])
+        self._head(x, rows, None, tokens.data_ptr(), most.data_ptr())
+        return tokens, most
+
+    def _head(
+        self, x: torch.Tensor, rows: torch.Tensor | None, logits: int | None, best: int | None, most: int | None
+    ) -> None:
         decoder = self._decoder
         spec = decoder.spec
         if x.stride(-1) != 1 or x.stride(0) != spec.width:
             x = x.contiguous()
-        logits = torch.empty((x.shape[0], spec.vocab_size), dtype=torch.float32)
-        rows = torch.arange(x.shape[0])
+        if rows is None:
+            rows = torch.arange(x.shape[0])
         args = native.Head(
             _norm(decoder._final_norm), _matrix(decoder._head.packed), x.data_ptr(), rows.data_ptr(),
-            logits.data_ptr(), None, x.shape[0], spec.width, 0, torch.get_num_threads(), spec.logit_softcap or 0.0,
+            logits, best, most, None, rows.shape[0], spec.width, 0, torch.get_num_threads(), spec.logit_softcap or 0.0,
         )  # fmt: skip
         with self._lock:
             self._scratch.call("head", args)
-        return logits
 
     def _point(self, step: StepContext) -> None:
         """Layers point at the pages of this step's runner. Several runners may share a decoder."""

@@ -5,6 +5,7 @@ Shapes: T tokens of the step, C width, R rows that sample, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from millstream.core.plan import (
     Tier,
     TokenLogprobs,
 )
+from millstream.decode.protocol import NOT_FINITE
 from millstream.formats.kv.protocol import KvPages
 from millstream.models.blocks.attention import step_context
 from millstream.models.decoder import Decoder
@@ -173,6 +175,9 @@ class TorchRunner:
         faults: dict[int, str] = {}
         if not asking:
             return tokens, logprobs, faults
+        asking = self._best(x, asking, tokens, faults)
+        if not asking:
+            return tokens, logprobs, faults
         last = torch.tensor([row.first + len(row.tokens) - 1 for row in asking])
         logits = self.decoder.head(x if len(asking) == x.shape[0] else x[last])
         for name in dict.fromkeys(row.extend.decode for row in asking):
@@ -189,6 +194,25 @@ class TorchRunner:
                 if record is not None:
                     logprobs[row.extend.seq] = record
         return tokens, logprobs, faults
+
+    def _best(
+        self, x: torch.Tensor, asking: list[_Row], tokens: dict[int, int], faults: dict[int, str]
+    ) -> list[_Row]:
+        """Settles the rows of which only the likeliest token matters; returns the others."""
+        rest: list[_Row] = []
+        plain: list[_Row] = []
+        for row in asking:
+            ask = row.extend.sample
+            wanted = ask is not None and self._method(row.extend.decode).only_best(ask)
+            (plain if wanted else rest).append(row)
+        if plain:
+            best, most = self.decoder.best(x, torch.tensor([row.first + len(row.tokens) - 1 for row in plain]))
+            for row, token, logit in zip(plain, best.tolist(), most.tolist(), strict=True):
+                if math.isfinite(logit):
+                    tokens[row.extend.seq] = token
+                else:
+                    faults[row.extend.seq] = NOT_FINITE
+        return rest
 
     def _history(self, row: _Row) -> list[int]:
         ask: SampleAsk | None = row.extend.sample
@@ -209,7 +233,7 @@ class TorchRunner:
             logprobs = torch.log_softmax(self.decoder.head(hidden), dim=-1)
             own = logprobs.gather(1, targets[:, None])
             if not bool(torch.isfinite(own).all()):
-                raise ArithmeticError("the model gave logits that are not finite")
+                raise ArithmeticError(NOT_FINITE)
             ranks = ((logprobs > own).sum(dim=1) + 1).tolist()
             top = torch.topk(logprobs, ask.top, dim=-1) if ask.top else None
             for place, (target, value, rank) in enumerate(

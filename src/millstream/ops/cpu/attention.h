@@ -88,11 +88,18 @@ inline float exp_of(float x) { return exp_of(splat(x))[0]; }
 
 // Folds sixteen lanes in a fixed order: halves upon each other.
 template <class F> inline float fold(Vec v, F f) {
-  float x[LANES];
-  std::memcpy(x, &v, sizeof v);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] = f(x[i], x[i + half]);
-  return x[0];
+  v = f(v, __builtin_shuffle(v, IntVec{8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15}));
+  v = f(v, __builtin_shuffle(v, IntVec{4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7}));
+  v = f(v, __builtin_shuffle(v, IntVec{2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3}));
+  v = f(v, __builtin_shuffle(v, IntVec{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}));
+  return v[0];
+}
+
+inline float fold_sum(Vec v) {
+  return fold(v, [](Vec x, Vec y) { return x + y; });
+}
+inline float fold_max(Vec v) {
+  return fold(v, [](Vec x, Vec y) { return x > y ? x : y; });
 }
 
 inline Vec tanh_of(Vec x) {
@@ -363,6 +370,8 @@ template <class Kind> struct Shared {
     float *q = p + 2 * state_floats(), *weights = q + TOKENS_MAX * width;
     for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < int(items.size());) {
       const Item &item = items[i];
+      // What this thread, or its neighbour, is likely to take next.
+      if (const size_t then = size_t(i + threads); then < items.size()) kind().announce(items[then]);
       kind().pack(item, q);
       if (item.part >= 0) {
         kind().segment(item, item.from, q, weights, state_at(parts + item.part * state_floats()));
@@ -423,7 +432,7 @@ template <class Kind> struct Shared {
       Width16::store(s + g * LANES, x);
       most = x > most ? x : most;
     }
-    const float now = std::max(top, fold(most, [](float x, float y) { return x > y ? x : y; }));
+    const float now = std::max(top, fold_max(most));
     Vec all = {};
     for (int g = first; g < last; g++) {
       Vec p = exp_of(Width16::load(s + g * LANES) - now);
@@ -434,7 +443,7 @@ template <class Kind> struct Shared {
       Width16::store(s + g * LANES, p);
       all += p;
     }
-    const float added = fold(all, [](float x, float y) { return x + y; });
+    const float added = fold_sum(all);
     const float fade = exp_of(top - now);
     top = now;
     sum = sum * fade + added;
@@ -447,6 +456,8 @@ template <class E> struct Plain : Shared<Plain<E>> {
   using Base = Shared<Plain<E>>;
   using Base::a, Base::clear, Base::first_key, Base::ratio, Base::soften, Base::width;
   using Base::Base;
+
+  void announce(const Item &) const {}
 
   void pack(const Item &item, float *q) const {
     for (int64_t r = 0; r < item.rows; r++) {

@@ -14,13 +14,38 @@ namespace attention {
 inline int64_t padded8(int64_t dim) { return (dim + 15) / 16 * 16; }
 inline int64_t head_bytes8(int64_t dim, int64_t block_size) { return block_size * (2 * padded8(dim) + 8); }
 
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+// The largest absolute value of a head.
+inline float largest(const float *x, int64_t dim) {
+  Vec most = {};
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    const Vec v = Width16::load(x + d), size = v < 0.0f ? -v : v;
+    most = size > most ? size : most;
+  }
+  float top = fold_max(most);
+  for (; d < dim; d++) top = std::max(top, std::fabs(x[d]));
+  return top;
+}
+
+// Sixteen values of a head, zeros beyond its end, as whole numbers of steps of 1 / inverse, of fewer than 2^22.
+inline int8::Ints whole(const float *x, int64_t d, int64_t dim, float inverse) {
+  Vec v = {};
+  if (d + LANES <= dim) v = Width16::load(x + d);
+  else std::memcpy(&v, x + d, size_t(dim - d) * sizeof(float));
+  return (int8::Ints)(v * inverse + 12582912.0f) - int8::MAGIC;
+}
+
+inline void put_bytes(uint8_t *to, int8::Ints x) {
+  const Bytes bytes = __builtin_convertvector(x & 255, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
 // One token's key or value of one head becomes bytes around `centre`; returns its scale.
 inline float quantize8(const float *x, int64_t dim, int32_t centre, uint8_t *to) {
-  float most = 0.0f;
-  for (int64_t d = 0; d < dim; d++) most = std::max(most, std::fabs(x[d]));
-  const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-  for (int64_t d = 0; d < dim; d++) to[d] = uint8_t(int32_t(std::nearbyint(x[d] * inverse)) + centre);
-  for (int64_t d = dim; d < padded8(dim); d++) to[d] = uint8_t(centre);
+  const float most = largest(x, dim), inverse = most > 0.0f ? 127.0f / most : 0.0f;
+  for (int64_t d = 0; d < dim; d += LANES) put_bytes(to + d, whole(x, d, dim, inverse) + centre);
   return most / 127.0f;
 }
 
@@ -53,24 +78,50 @@ struct Int8 : Shared<Int8> {
     return {bytes, bytes + TOKENS_MAX * width, scale, reinterpret_cast<int32_t *>(scale + TOKENS_MAX)};
   }
 
+  // Asks for the keys and values of one tile ahead of their use. Blocks lie apart, and the processor's own prefetching
+  // begins anew at each.
+  void fetch(const int32_t *blocks, int64_t kv_head, int64_t key) const {
+    const int32_t block = blocks[key / a.block_size];
+    if (block < 0) return;
+    const int64_t head_size = head_bytes8(a.dim, a.block_size);
+    const char *head = static_cast<const char *>(a.k) + (int64_t(block) * a.kv_heads + kv_head) * head_size;
+    if (a.block_size == TILE) {
+      for (int64_t i = 0; i < head_size; i += 64) __builtin_prefetch(head + i, 0, 2);
+      return;
+    }
+    const int64_t offset = key % a.block_size, n = std::min<int64_t>(TILE, a.block_size - offset);
+    for (int64_t d = 0; d < width; d += 4)
+      for (int64_t i = 0; i < n * 4; i += 64) __builtin_prefetch(head + (d / 4 * a.block_size + offset) * 4 + i, 0, 2);
+    for (int64_t i = 0; i < n * width; i += 64)
+      __builtin_prefetch(head + a.block_size * width + offset * width + i, 0, 2);
+  }
+
+  void announce(const Item &item) const {
+    const int64_t start = a.seq_lens[item.sequence] - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
+    const int64_t first = std::max<int64_t>(int64_t(item.from) * SEGMENT, first_key(start + item.begin / ratio));
+    fetch(a.block_tables + item.sequence * a.table_stride, item.kv_head, first / TILE * TILE);
+  }
+
   void pack(const Item &item, float *q) const {
     const Queries to = queries(q);
     for (int64_t r = 0; r < item.rows; r++) {
       const int64_t token = a.query_start[item.sequence] + (item.begin + r) / ratio;
       const int64_t head = item.kv_head * ratio + (item.begin + r) % ratio;
       const float *from = a.q + token * a.q_token_stride + head * a.q_head_stride;
-      float most = 0.0f;
-      for (int64_t d = 0; d < a.dim; d++) most = std::max(most, std::fabs(from[d]));
+      const float most = largest(from, a.dim);
       // 127 * 256 + 127 is the most that two signed bytes hold.
       const float inverse = most > 0.0f ? 32639.0f / most : 0.0f;
-      int32_t sum = 0;
-      for (int64_t d = 0; d < width; d++) {
-        const int32_t x = d < a.dim ? int32_t(std::nearbyint(from[d] * inverse)) : 0, high = (x + 128) >> 8;
-        to.high[r * width + d] = int8_t(high), to.low[r * width + d] = int8_t(x - high * 256);
+      int8::Ints sum = {};
+      for (int64_t d = 0; d < width; d += LANES) {
+        const int8::Ints x = whole(from, d, a.dim, inverse), high = (x + 128) >> 8;
+        put_bytes(reinterpret_cast<uint8_t *>(to.high + r * width + d), high);
+        put_bytes(reinterpret_cast<uint8_t *>(to.low + r * width + d), x - high * 256);
         sum += x;
       }
+      int32_t all = 0;
+      for (int i = 0; i < LANES; i++) all += sum[i];
       to.scale[r] = most / 32639.0f * a.scale;
-      to.centre[r] = -128 * sum;
+      to.centre[r] = -128 * all;
     }
   }
 
@@ -116,13 +167,12 @@ struct Int8 : Shared<Int8> {
       Width16::store(w + g * LANES, x);
       most = x > most ? x : most;
     }
-    const float top = fold(most, [](float x, float y) { return x > y ? x : y; });
+    const float top = fold_max(most);
     const float inverse = top > 0.0f ? 65535.0f / top : 0.0f;
     for (int g = first; g < last; g++) {
       const int8::Ints x = __builtin_convertvector(Width16::load(w + g * LANES) * inverse + 0.5f, int8::Ints);
-      typedef uint8_t Bytes __attribute__((vector_size(16)));
-      const Bytes h = __builtin_convertvector(x >> 8, Bytes), l = __builtin_convertvector(x & 255, Bytes);
-      std::memcpy(high + g * LANES, &h, 16), std::memcpy(low + g * LANES, &l, 16);
+      put_bytes(high + g * LANES, x >> 8);
+      put_bytes(low + g * LANES, x);
     }
     return top / 65535.0f;
   }
@@ -214,12 +264,7 @@ struct Int8 : Shared<Int8> {
         key_scales[g] = reinterpret_cast<const float *>(head + 2 * a.block_size * width) + offset;
         value_scales[g] = key_scales[g] + a.block_size;
       }
-      // Blocks lie apart, and the processor's own prefetching begins anew at each.
-      if (const int64_t next = key + TILE; next < seg_to && next % a.block_size == 0) {
-        const char *ahead = static_cast<const char *>(a.k) +
-                            (int64_t(blocks[next / a.block_size]) * a.kv_heads + item.kv_head) * head_size;
-        for (int64_t i = 0; i < head_size; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-      }
+      if (key + TILE < seg_to) fetch(blocks, item.kv_head, key + TILE);
       for (int64_t r = 0; r < item.rows; r += 3) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
         switch (std::min<int64_t>(3, item.rows - r)) {

@@ -55,7 +55,9 @@ struct MillstreamHead {
   MillstreamMatrix matrix;
   const float *x;
   const int64_t *rows;
-  float *logits;
+  float *logits;  // null: only the likeliest output of each row is wanted
+  int64_t *best;  // (rows), then
+  float *most;    // (rows): its logit, NaN where any logit is one
   void *scratch;
   int64_t num_rows, width, scratch_bytes, num_threads;
   float softcap;
@@ -112,16 +114,12 @@ struct Arena {
   }
 };
 
-inline float fold_sum(Vec v) {
-  return attention::fold((attention::Vec)v, [](float x, float y) { return x + y; });
-}
-
 // x / rms(x) * weight. `out` may be x.
 inline void norm_row(const MillstreamNorm &norm, const float *x, int64_t width, float *out) {
   Vec squares = {};
   int64_t i = 0;
   for (; i + 16 <= width; i += 16) squares = fma(load(x + i), load(x + i), squares);
-  float sum = fold_sum(squares);
+  float sum = attention::fold_sum((attention::Vec)squares);
   for (; i < width; i++) sum = __builtin_fmaf(x[i], x[i], sum);
   const float by = 1.0f / std::sqrt(sum / float(width) + norm.eps);
   for (i = 0; i + 16 <= width; i += 16) store(out + i, load(x + i) * by * load(norm.weight + i));
@@ -144,7 +142,13 @@ inline Vec activate(Vec x, int64_t kind) {
 
 inline void rotate(float *x, const MillstreamRope &rope, int64_t position) {
   const float *cos = rope.cos + position * rope.half, *sin = rope.sin + position * rope.half;
-  for (int64_t d = 0; d < rope.half; d++) {
+  int64_t d = 0;
+  for (; d + 16 <= rope.half; d += 16) {
+    const Vec a = load(x + d), b = load(x + d + rope.half), c = load(cos + d), s = load(sin + d);
+    store(x + d, a * c - b * s);
+    store(x + d + rope.half, b * c + a * s);
+  }
+  for (; d < rope.half; d++) {
     const float a = x[d], b = x[d + rope.half];
     x[d] = a * cos[d] - b * sin[d];
     x[d + rope.half] = b * cos[d] + a * sin[d];
@@ -414,25 +418,36 @@ int millstream_layers(const MillstreamStep *s) {
   return 0;
 }
 
-int64_t millstream_head_scratch(const MillstreamHead *h) {
-  Arena arena{nullptr};
-  arena.rows(h->num_rows, h->width);
+// Beside the rows, where only the likeliest are wanted, the likeliest output of every unit and its logit.
+static int64_t lay_out_head(const MillstreamHead &h, char *memory, int8::Rows &rows, int32_t *&place, float *&most) {
+  Arena arena{memory};
+  const int64_t units = h.logits ? 0 : h.num_rows * ((h.matrix.outputs + int8::RUN - 1) / int8::RUN);
+  rows = arena.rows(h.num_rows, h.width);
+  place = arena.take<int32_t>(units);
+  most = arena.take<float>(units);
   return arena.used;
+}
+
+int64_t millstream_head_scratch(const MillstreamHead *h) {
+  int8::Rows rows;
+  int32_t *place;
+  float *most;
+  return lay_out_head(*h, nullptr, rows, place, most);
 }
 
 int millstream_head(const MillstreamHead *h) {
   struct Job {
     const MillstreamHead &h;
     int8::Rows rows;
-    uint32_t size;
+    int32_t *place;
+    float *most;
     std::vector<std::atomic<int64_t>> taken;
     pool::Barrier barrier;
   };
   if (h->num_rows <= 0) return 0;
-  if (millstream_head_scratch(h) > h->scratch_bytes) return -2;
-  Arena arena{static_cast<char *>(h->scratch)};
   const uint32_t size = members(h->num_threads);
-  Job job{*h, arena.rows(h->num_rows, h->width), size, std::vector<std::atomic<int64_t>>(2 * size), {}};
+  Job job{*h, {}, nullptr, nullptr, std::vector<std::atomic<int64_t>>(3 * size), {}};
+  if (lay_out_head(*h, static_cast<char *>(h->scratch), job.rows, job.place, job.most) > h->scratch_bytes) return -2;
   pool::team().run(
       [](void *self, uint32_t member, uint32_t size) {
         Job &job = *static_cast<Job *>(self);
@@ -446,16 +461,40 @@ int millstream_head(const MillstreamHead *h) {
                              rows.sum + r * rows.runs);
         });
         job.barrier.wait(size);
-        const auto put = [&](int64_t r, int64_t o, int64_t n, const float *y) {
-          float *to = h.logits + r * h.matrix.outputs + o;
+        const int64_t pairs = (h.matrix.outputs + int8::RUN - 1) / int8::RUN;
+        const auto put = [&](int64_t r, int64_t o, int64_t n, float *y) {
           if (h.softcap > 0.0f)
-            for (int64_t i = 0; i < n; i++) to[i] = h.softcap * std::tanh(y[i] / h.softcap);
-          else
-            std::memcpy(to, y, size_t(n) * sizeof(float));
+            for (int64_t i = 0; i < n; i++) y[i] = h.softcap * std::tanh(y[i] / h.softcap);
+          if (h.logits) {
+            std::memcpy(h.logits + r * h.matrix.outputs + o, y, size_t(n) * sizeof(float));
+            return;
+          }
+          int64_t best = 0;
+          bool sound = y[0] == y[0];
+          for (int64_t i = 1; i < n; i++) {
+            sound &= y[i] == y[i];
+            if (y[i] > y[best]) best = i;
+          }
+          const int64_t at = r * pairs + o / int8::RUN;
+          job.place[at] = int32_t(o + best);
+          job.most[at] = sound ? y[best] : NAN;
         };
         const int8::Product<decltype(put)> multiply{h.matrix, rows, h.num_rows, put};
         pool::Shares{job.taken.data() + size, member, size}.each(multiply.units(),
                                                                 [&](int64_t unit) { multiply.unit(unit); });
+        if (h.logits) return;
+        job.barrier.wait(size);
+        pool::Shares{job.taken.data() + 2 * size, member, size}.each(h.num_rows, [&](int64_t r) {
+          const float *most = job.most + r * pairs;
+          int64_t best = 0;
+          bool sound = most[0] == most[0];
+          for (int64_t p = 1; p < pairs; p++) {
+            sound &= most[p] == most[p];
+            if (most[p] > most[best]) best = p;
+          }
+          h.best[r] = job.place[r * pairs + best];
+          h.most[r] = sound ? most[best] : NAN;
+        });
       },
       &job, size);
   return 0;

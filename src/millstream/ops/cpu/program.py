@@ -69,7 +69,7 @@ class Step(ctypes.Structure):
 class Head(ctypes.Structure):
     _fields_ = (
         [("norm", Norm), ("matrix", Matrix)]
-        + [(n, c_void_p) for n in ("x", "rows", "logits", "scratch")]
+        + [(n, c_void_p) for n in ("x", "rows", "logits", "best", "most", "scratch")]
         + [(n, c_int64) for n in ("num_rows", "width", "scratch_bytes", "num_threads")]
         + [("softcap", c_float), ("unused", c_int32)]
     )

@@ -16,6 +16,7 @@ import torch
 
 from millstream.core import registry
 from millstream.core.plan import Logprob, SampleAsk, TokenLogprobs
+from millstream.decode.protocol import NOT_FINITE
 from millstream.ops.ref.random import uniform_draws
 
 # Enough candidates for nearly every top-p set; rows that need more sort the whole vocabulary.
@@ -26,6 +27,11 @@ class Autoregressive:
     def __init__(self) -> None:
         rules = [registry.get_device("logits", name)() for name in registry.names("logits")]
         self._rules = sorted(rules, key=lambda rule: rule.order)
+
+    def only_best(self, ask: SampleAsk) -> bool:
+        """Whether the row's likeliest token is all that matters, so that no logits need be kept."""
+        plain = ask.params.greedy and ask.top_logprobs is None and not ask.banned
+        return plain and not any(rule.applies(ask) for rule in self._rules)
 
     def settle(
         self, logits: torch.Tensor, asks: Seq[SampleAsk], histories: Seq[Seq[int]]
@@ -40,7 +46,7 @@ class Autoregressive:
         top = logits.amax(dim=-1)
         if not bool(torch.isfinite(top).all()):
             for row in torch.nonzero(~torch.isfinite(top)).flatten().tolist():
-                faults[row] = "the model gave logits that are not finite"
+                faults[row] = NOT_FINITE
                 logits[row] = 0.0
         asked = [row for row, ask in enumerate(asks) if ask.top_logprobs is not None]
         raw = torch.log_softmax(logits[asked], dim=-1) if asked else None
