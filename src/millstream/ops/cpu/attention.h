@@ -371,15 +371,15 @@ template <class Kind> struct Shared {
     for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < int(items.size());) {
       const Item &item = items[i];
       // What this thread, or its neighbour, is likely to take next.
-      if (const size_t then = size_t(i + threads); then < items.size()) kind().announce(items[then]);
+      const Item *then = size_t(i + threads) < items.size() ? &items[size_t(i + threads)] : nullptr;
       kind().pack(item, q);
       if (item.part >= 0) {
-        kind().segment(item, item.from, q, weights, state_at(parts + item.part * state_floats()));
+        kind().segment(item, item.from, q, weights, state_at(parts + item.part * state_floats()), then);
         continue;
       }
-      kind().segment(item, item.from, q, weights, total);
+      kind().segment(item, item.from, q, weights, total, item.to - item.from == 1 ? then : nullptr);
       for (int32_t s = item.from + 1; s < item.to; s++) {
-        kind().segment(item, s, q, weights, fresh);
+        kind().segment(item, s, q, weights, fresh, s + 1 == item.to ? then : nullptr);
         merge(total, fresh, item.rows);
       }
       finish(item, total);
@@ -457,8 +457,6 @@ template <class E> struct Plain : Shared<Plain<E>> {
   using Base::a, Base::clear, Base::first_key, Base::ratio, Base::soften, Base::width;
   using Base::Base;
 
-  void announce(const Item &) const {}
-
   void pack(const Item &item, float *q) const {
     for (int64_t r = 0; r < item.rows; r++) {
       const int64_t token = a.query_start[item.sequence] + (item.begin + r) / ratio;
@@ -497,7 +495,7 @@ template <class E> struct Plain : Shared<Plain<E>> {
     }
   }
 
-  void segment(const Item &item, int64_t number, const float *q, float *s, const State &state) const {
+  void segment(const Item &item, int64_t number, const float *q, float *s, const State &state, const Item *) const {
     clear(state, item.rows);
     const int64_t length = a.seq_lens[item.sequence];
     const int64_t start = length - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);

@@ -78,28 +78,30 @@ struct Int8 : Shared<Int8> {
     return {bytes, bytes + TOKENS_MAX * width, scale, reinterpret_cast<int32_t *>(scale + TOKENS_MAX)};
   }
 
-  // Asks for the keys and values of one tile ahead of their use. Blocks lie apart, and the processor's own prefetching
-  // begins anew at each.
-  void fetch(const int32_t *blocks, int64_t kv_head, int64_t key) const {
-    const int32_t block = blocks[key / a.block_size];
-    if (block < 0) return;
-    const int64_t head_size = head_bytes8(a.dim, a.block_size);
-    const char *head = static_cast<const char *>(a.k) + (int64_t(block) * a.kv_heads + kv_head) * head_size;
-    if (a.block_size == TILE) {
-      for (int64_t i = 0; i < head_size; i += 64) __builtin_prefetch(head + i, 0, 2);
-      return;
+  // Memory that is needed next, asked for a little at a time: the processor's own prefetching begins anew in each block,
+  // and more requests at once than it can keep open would hold up what is computed meanwhile.
+  struct Ahead {
+    const char *at = nullptr;
+    int64_t lines = 0;
+
+    void some(int n) {
+      for (; n > 0 && lines > 0; n--, lines--, at += 64) __builtin_prefetch(at, 0, 2);
     }
-    const int64_t offset = key % a.block_size, n = std::min<int64_t>(TILE, a.block_size - offset);
-    for (int64_t d = 0; d < width; d += 4)
-      for (int64_t i = 0; i < n * 4; i += 64) __builtin_prefetch(head + (d / 4 * a.block_size + offset) * 4 + i, 0, 2);
-    for (int64_t i = 0; i < n * width; i += 64)
-      __builtin_prefetch(head + a.block_size * width + offset * width + i, 0, 2);
+  };
+
+  // The tile that begins at `key`, where it is one run of memory.
+  Ahead tile(int64_t sequence, int64_t kv_head, int64_t key) const {
+    const int32_t block = a.block_tables[sequence * a.table_stride + key / a.block_size];
+    if (block < 0 || a.block_size != TILE) return {};
+    const int64_t head_size = head_bytes8(a.dim, a.block_size);
+    return {static_cast<const char *>(a.k) + (int64_t(block) * a.kv_heads + kv_head) * head_size, head_size / 64};
   }
 
-  void announce(const Item &item) const {
+  // The first tile of an item.
+  Ahead first_tile(const Item &item) const {
     const int64_t start = a.seq_lens[item.sequence] - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
     const int64_t first = std::max<int64_t>(int64_t(item.from) * SEGMENT, first_key(start + item.begin / ratio));
-    fetch(a.block_tables + item.sequence * a.table_stride, item.kv_head, first / TILE * TILE);
+    return tile(item.sequence, item.kv_head, first / TILE * TILE);
   }
 
   void pack(const Item &item, float *q) const {
@@ -127,10 +129,12 @@ struct Int8 : Shared<Int8> {
 
   // Scores of R rows over G groups of LANES keys that follow each other in one block.
   template <int G, int R>
-  inline void scores(const Queries &q, int64_t row, const uint8_t *keys, const float *key_scales, float *s) const {
+  inline void scores(const Queries &q, int64_t row, const uint8_t *keys, const float *key_scales, float *s,
+                     Ahead &ahead) const {
     int8::Ints high[R][G] = {}, low[R][G] = {};
     const int8_t *q_high = q.high + row * width, *q_low = q.low + row * width;
     for (int64_t d = 0; d < width; d += 4, keys += a.block_size * 4) {
+      ahead.some(G);
       int8::Ints k[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++) k[g] = *reinterpret_cast<const int8::IntsAny *>(keys + g * 64);
@@ -180,11 +184,12 @@ struct Int8 : Shared<Int8> {
   // acc[r] = acc[r] * fade[r] + what the values of a tile add, over G groups of 16 dimensions.
   template <int G, int R>
   inline void values(const uint8_t *const *v, int first, int last, const uint8_t (*high)[TILE], const uint8_t (*low)[TILE],
-                     const float *by, const float *fade, int64_t d, float *acc) const {
+                     const float *by, const float *fade, int64_t d, float *acc, Ahead &ahead) const {
     int8::Ints h[R][G] = {}, l[R][G] = {};
     for (int g = first; g < last; g++) {
       const uint8_t *at = v[g] + d * 4;
       for (int quad = 0; quad < LANES / 4; quad++, at += width * 4) {
+        ahead.some(G);
         int8::Ints x[G];
 #pragma GCC unroll 4
         for (int i = 0; i < G; i++) x[i] = *reinterpret_cast<const int8::IntsAny *>(at + i * 64);
@@ -214,16 +219,16 @@ struct Int8 : Shared<Int8> {
   template <int R>
   void batch(const Queries &q, int64_t row, const uint8_t *const *k, const uint8_t *const *v,
              const float *const *key_scales, const float *const *value_scales, int64_t key, const int64_t *low_key,
-             const int64_t *high_key, float *s, const State &state) const {
+             const int64_t *high_key, float *s, const State &state, Ahead &ahead) const {
     int64_t least = low_key[0], most = high_key[0];
     for (int r = 1; r < R; r++) least = std::min(least, low_key[r]), most = std::max(most, high_key[r]);
     const int64_t from = std::max(least, key) - key, to = std::min<int64_t>(most, key + TILE) - key;
     if (from >= to) return;
     const int first = int(from / LANES), last = int((to + LANES - 1) / LANES);
     if (WIDE == 4 && first == 0 && last == GROUPS && a.block_size % TILE == 0)
-      scores<4, R>(q, row, k[0], key_scales[0], s);
+      scores<4, R>(q, row, k[0], key_scales[0], s, ahead);
     else
-      for (int g = first; g < last; g++) scores<1, R>(q, row, k[g], key_scales[g], s + g * LANES);
+      for (int g = first; g < last; g++) scores<1, R>(q, row, k[g], key_scales[g], s + g * LANES, ahead);
     float fade[R], by[R];
     uint8_t high[R][TILE], low[R][TILE];
     for (int r = 0; r < R; r++) {
@@ -232,11 +237,12 @@ struct Int8 : Shared<Int8> {
     }
     int64_t d = 0;
     if constexpr (WIDE == 4)
-      for (; d + 64 <= width; d += 64) values<4, R>(v, first, last, high, low, by, fade, d, state.acc);
-    for (; d < width; d += 16) values<1, R>(v, first, last, high, low, by, fade, d, state.acc);
+      for (; d + 64 <= width; d += 64) values<4, R>(v, first, last, high, low, by, fade, d, state.acc, ahead);
+    for (; d < width; d += 16) values<1, R>(v, first, last, high, low, by, fade, d, state.acc, ahead);
   }
 
-  void segment(const Item &item, int64_t number, float *scratch, float *s, const State &state) const {
+  // `then` is what this thread is likely to take next, or null.
+  void segment(const Item &item, int64_t number, float *scratch, float *s, const State &state, const Item *then) const {
     clear(state, item.rows);
     const Queries q = queries(scratch);
     const int64_t length = a.seq_lens[item.sequence];
@@ -264,15 +270,17 @@ struct Int8 : Shared<Int8> {
         key_scales[g] = reinterpret_cast<const float *>(head + 2 * a.block_size * width) + offset;
         value_scales[g] = key_scales[g] + a.block_size;
       }
-      if (key + TILE < seg_to) fetch(blocks, item.kv_head, key + TILE);
+      Ahead ahead = key + TILE < seg_to ? tile(item.sequence, item.kv_head, key + TILE) : Ahead{};
+      if (key + TILE >= seg_to && then) ahead = first_tile(*then);
       for (int64_t r = 0; r < item.rows; r += 3) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
         switch (std::min<int64_t>(3, item.rows - r)) {
-        case 1: batch<1>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows); break;
-        case 2: batch<2>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows); break;
-        default: batch<3>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows); break;
+        case 1: batch<1>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        case 2: batch<2>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        default: batch<3>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
         }
       }
+      ahead.some(TILE);
     }
   }
 };
