@@ -26,6 +26,7 @@ from millstream.core.request import Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish, State
 from millstream.engine.assemble import build_engine
 from millstream.engine.resolve import Resolved
+from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import Decoder, build
 from millstream.models.families.protocol import find_family
 from millstream.models.spec import ModelSpec
@@ -41,7 +42,7 @@ CONTEXT = 512
 _SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
-    "intermediate_size": 80,
+    "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
@@ -82,8 +83,10 @@ def tiny_tensors(name: str) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
 
 
 @functools.cache
-def tiny_decoder(name: str, ops: str) -> Decoder:
+def tiny_decoder(name: str, ops: str, weights: str = "dense") -> Decoder:
     spec, tensors = tiny_tensors(name)
+    if weights == "blocks":
+        spec, tensors = to_blocks(spec, tensors, "block4")
     with table.use("ref" if ops == "ref" else "auto"):
         return build(spec, tensors)
 
@@ -140,14 +143,15 @@ class Bench:
         preemption: str = "recompute",
         prefix: str = "radix",
         policy: str = "fcfs",
+        kv: str = "plain",
         stop_ids: frozenset[int] = frozenset(),
     ) -> None:
         spec = decoder.spec
-        kv = registry.make("kv", "plain", device=True)
+        form = registry.make("kv", kv, device=True)
         pages, backends = {}, {}
         known: dict[str, Any] = {}
         for group in spec.groups:
-            held = kv.allocate(group, blocks, block_size, decoder.dtype, host_blocks)
+            held = form.allocate(group, blocks, block_size, decoder.dtype, host_blocks)
             mixer = next(layer.mixer for layer in spec.layers if layer.mixer.group == group.name)
             ask = AttentionAsk(
                 "cpu",

@@ -23,7 +23,14 @@ namespace int8 {
 
 constexpr int RUN = 32, PANEL = 16, STEPS = RUN / 4;
 constexpr int WIDE = 2;            // panels that are multiplied together
-constexpr int TILE = 12;           // rows likewise: TILE * WIDE sums stay in registers
+// Rows likewise: TILE * WIDE sums stay in registers.
+#if defined(__AVX512F__)
+constexpr int TILE = 12;
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int TILE = 4;
+#else
+constexpr int TILE = 2;
+#endif
 constexpr int64_t SLAB = 8;        // runs that are expanded at a time, so that they are in the first-level cache
 constexpr int64_t ROWS = 96;       // rows that pass an expanded slab, so that their sums are too
 constexpr int64_t AHEAD = 4096;    // bytes of a stream that are asked for before their use
@@ -38,14 +45,21 @@ inline Vec load(const float *p) { return *reinterpret_cast<const VecAny *>(p); }
 inline void store(float *p, Vec v) { *reinterpret_cast<VecAny *>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
 
-// a * b + c with one rounding wherever it is compiled: contraction must not depend on the place.
+// a * b + c, with one rounding where the machine can: whether it is contracted must not depend on the place.
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  __m256 x[2], y[2], z[2];
+  std::memcpy(x, &a, 64), std::memcpy(y, &b, 64), std::memcpy(z, &c, 64);
+  for (int h = 0; h < 2; h++) z[h] = _mm256_fmadd_ps(x[h], y[h], z[h]);
+  std::memcpy(&c, z, 64);
+  return c;
+#elif defined(__aarch64__)
+  for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #else
-  Vec out;
-  for (int i = 0; i < 16; i++) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return out;
+  return a * b + c;
 #endif
 }
 
@@ -159,8 +173,18 @@ struct Slab {
   alignas(64) float d[SLAB][WIDE][PANEL], zero[SLAB][WIDE][PANEL], m[SLAB][WIDE][PANEL];
 };
 
-// Added to a dot product it makes an integer that, read as a float, is 1.5 * 2^23 more: no conversion is needed.
+// Added to an integer of fewer than 23 bits it makes one that, read as a float, is 1.5 * 2^23 more: no conversion needed.
 constexpr int32_t MAGIC = 0x4B400000;
+
+// A dot product times d. Where sums are fused with products, sums begin at START and `zero` takes that away again, exactly:
+// d has few digits, and so has 1.5 * 2^23.
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
+constexpr int32_t START = MAGIC;
+inline Vec scaled(Ints sum, Vec d, Vec zero) { return fma((Vec)sum, d, zero); }
+#else
+constexpr int32_t START = 0;
+inline Vec scaled(Ints sum, Vec d, Vec) { return __builtin_convertvector(sum, Vec) * d; }
+#endif
 
 inline int64_t run_bytes(int64_t bits) { return WIDE * (STEPS * 64 * bits / 8 + 2 * PANEL * 2); }
 
@@ -187,7 +211,7 @@ inline void expand(const MillstreamMatrix &w, int64_t pair, int64_t from, int64_
     for (int c = 0; c < WIDE; c++, scales += 2 * PANEL) {
       const Vec d = halves(scales);
       store(slab.d[g][c], d);
-      store(slab.zero[g][c], d * -12582912.0f); // exact: d has few digits, and so has 1.5 * 2^23
+      store(slab.zero[g][c], d * -12582912.0f);
       store(slab.m[g][c], halves(scales + PANEL));
     }
   }
@@ -219,7 +243,7 @@ inline void multiply(const Slab &slab, int64_t count, const int8_t *q, const flo
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-      for (int c = 0; c < WIDE; c++) acc[r][c] = Ints{} + MAGIC;
+      for (int c = 0; c < WIDE; c++) acc[r][c] = Ints{} + START;
 #pragma GCC unroll 8
     for (int k = 0; k < STEPS; k++) {
       Ints u[WIDE];
@@ -239,7 +263,7 @@ inline void multiply(const Slab &slab, int64_t count, const int8_t *q, const flo
 #pragma GCC unroll 12
       for (int r = 0; r < R; r++) {
         float *to = y + (r * WIDE + c) * PANEL;
-        Vec t = fma((Vec)acc[r][c], d, zero);
+        Vec t = scaled(acc[r][c], d, zero);
         t = fma(m, splat(sum[r * runs + g]), t);
         store(to, fma(t, splat(scale[r * runs + g]), load(to)));
       }
@@ -247,22 +271,12 @@ inline void multiply(const Slab &slab, int64_t count, const int8_t *q, const flo
   }
 }
 
+template <int R>
 inline void multiply_rows(int64_t n, const Slab &slab, int64_t count, const int8_t *q, const float *scale,
                           const float *sum, int64_t runs, float *y) {
-  switch (n) {
-  case 1: return multiply<1>(slab, count, q, scale, sum, runs, y);
-  case 2: return multiply<2>(slab, count, q, scale, sum, runs, y);
-  case 3: return multiply<3>(slab, count, q, scale, sum, runs, y);
-  case 4: return multiply<4>(slab, count, q, scale, sum, runs, y);
-  case 5: return multiply<5>(slab, count, q, scale, sum, runs, y);
-  case 6: return multiply<6>(slab, count, q, scale, sum, runs, y);
-  case 7: return multiply<7>(slab, count, q, scale, sum, runs, y);
-  case 8: return multiply<8>(slab, count, q, scale, sum, runs, y);
-  case 9: return multiply<9>(slab, count, q, scale, sum, runs, y);
-  case 10: return multiply<10>(slab, count, q, scale, sum, runs, y);
-  case 11: return multiply<11>(slab, count, q, scale, sum, runs, y);
-  default: return multiply<12>(slab, count, q, scale, sum, runs, y);
-  }
+  if constexpr (R > 1)
+    if (n < R) return multiply_rows<R - 1>(n, slab, count, q, scale, sum, runs, y);
+  multiply<R>(slab, count, q, scale, sum, runs, y);
 }
 
 // A product shared out over threads: unit after unit of WIDE panels for some rows. `put(row, output, count, sums)` takes
@@ -289,7 +303,7 @@ template <class Put> struct Product {
       expand(w, pair, from, count, slab);
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t row = t * n / tiles, height = (t + 1) * n / tiles - row, at = first + row;
-        multiply_rows(height, slab, count, x.q + (at * x.runs + from) * RUN, x.scale + at * x.runs + from,
+        multiply_rows<TILE>(height, slab, count, x.q + (at * x.runs + from) * RUN, x.scale + at * x.runs + from,
                       x.sum + at * x.runs + from, x.runs, y + row * width);
       }
     }
