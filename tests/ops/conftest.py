@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from millstream.core import registry
 from millstream.core.cache import CacheGroup
-from millstream.formats.kv.plain.device import Plain, PlainPages
 from millstream.ops.attention.protocol import AttentionAsk, AttentionBackend
 from millstream.ops.cases.attention import AttentionCase
 from millstream.ops.layout import BatchLayout, GroupLayout
@@ -21,7 +21,7 @@ class Step:
     """A case laid out in pages, in blocks drawn at random; positions behind the window have no block."""
 
     case: AttentionCase
-    pages: PlainPages
+    pages: Any
     tables: list[list[int]]
     q: torch.Tensor
 
@@ -55,14 +55,14 @@ class Step:
         return self.run(backend, self.layout([(i, n, length) for i, (n, length) in enumerate(self.case.rows)]), self.q)
 
 
-def lay_out(case: AttentionCase) -> Step:
+def lay_out(case: AttentionCase, kv: str = "plain") -> Step:
     q, keys, values = case.inputs()
     group = CacheGroup("full", num_layers=1, kv_heads=case.kv_heads, head_dim=case.dim)
     needed = [-(-length // case.block_size) for _, length in case.rows]
-    pages = Plain().allocate(group, sum(needed) + 2, case.block_size, case.page_dtype)
-    # What lies in unwritten places must not matter.
-    pages.k.fill_(torch.nan)
-    pages.v.fill_(torch.nan)
+    pages = registry.make("kv", kv, device=True).allocate(group, sum(needed) + 2, case.block_size, case.page_dtype)
+    # What lies in unwritten places must not matter. Read as a float, bytes of ones are not a number.
+    for memory in (pages.k, pages.v) if kv == "plain" else (pages.data,):
+        memory.view(torch.uint8).fill_(255)
     free = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(1)).tolist()
     tables = []
     for count, k, v in zip(needed, keys, values, strict=True):
@@ -75,7 +75,7 @@ def lay_out(case: AttentionCase) -> Step:
 
 
 @pytest.fixture(name="lay_out")
-def _lay_out() -> Callable[[AttentionCase], Step]:
+def _lay_out() -> Callable[..., Step]:
     return lay_out
 
 

@@ -15,11 +15,12 @@ from millstream.ops.attention.protocol import AttentionAsk, choose
 from millstream.ops.cases.attention import CASES, AttentionCase
 
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+OVER_PLAIN_PAGES = [name for name in registry.names("attention") if name != "cpu-int8"]
 # Each token of each row alone is slow on long rows and adds nothing there.
 EXACT = "cpu-paged"
 
 
-@pytest.mark.parametrize("name", registry.names("attention"))
+@pytest.mark.parametrize("name", OVER_PLAIN_PAGES)
 @EVERY_CASE
 def test_every_backend_agrees_with_the_float64_formula(name, case, lay_out, backend_for):
     step = lay_out(case)
@@ -164,7 +165,7 @@ def test_choosing_obeys_the_use_of_references():
     ask = AttentionAsk("cpu", "float32", "float32", "k-transposed", 9, 3, 64, 64)
     with table.use("ref"):
         choice = choose(ask)
-    assert choice.name == "torch-ref" and choice.refused == (("cpu-paged", "the reference was asked for"),)
+    assert choice.name == "torch-ref" and ("cpu-paged", "the reference was asked for") in choice.refused
     assert choose(ask, use="ref").name == "torch-ref"
 
 
@@ -174,3 +175,48 @@ def test_a_named_backend_that_refuses_is_an_error():
         choose(ask, "cpu-paged")
     with pytest.raises(UnknownName, match="cpu-paged"):
         choose(ask, "cpu-pagd")
+
+
+# -- pages of bytes: held to the reference over what they hold, so that only what attention itself rounds is seen
+
+BYTES = [case for case in CASES if case.page_dtype == "float32"]
+EVERY_BYTE_CASE = pytest.mark.parametrize("case", BYTES, ids=lambda case: case.name)
+
+
+def over_bytes(case, lay_out):
+    step, backend = lay_out(case, "int8"), registry.make("attention", "cpu-int8")
+    ask = AttentionAsk(
+        "cpu", "float32", "uint8", step.pages.layout, case.heads, case.kv_heads, case.dim, case.block_size,
+        case.window, case.softcap,
+    )  # fmt: skip
+    refusal = backend.accepts(ask)
+    if refusal is not None:
+        pytest.skip(refusal.reason)
+    return step, backend
+
+
+@EVERY_BYTE_CASE
+def test_byte_pages_are_attended_to_as_what_they_hold(case, lay_out):
+    step, backend = over_bytes(case, lay_out)
+    out, lse = step.whole(backend)
+    want, told = step.whole(registry.make("attention", "torch-ref"))
+    torch.testing.assert_close(out, want, atol=case.bytes_atol, rtol=0)
+    torch.testing.assert_close(lse, told, atol=case.bytes_atol, rtol=0)
+
+
+@EVERY_BYTE_CASE
+def test_byte_pages_give_the_same_bits_alone_in_chunks_and_on_any_number_of_threads(case, lay_out, threads):
+    step, backend = over_bytes(case, lay_out)
+    threads(2)
+    out, lse = step.whole(backend)
+    chance, token = random.Random(7), 0
+    for row, (n, length) in enumerate(case.rows):
+        threads(1 + row % 2)
+        done = 0
+        while done < n:
+            take = min(n - done, chance.choice((1, 2, 5, 16, 33)))
+            at = token + done
+            chunk = step.run(backend, step.layout([(row, take, length - n + done + take)]), step.q[at : at + take])
+            assert torch.equal(chunk[0], out[at : at + take]) and torch.equal(chunk[1], lse[at : at + take])
+            done += take
+        token += n

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from millstream.ops import cases, table
+from millstream.ops.cpu import blocks as _blocks  # noqa: F401 - registers
 from millstream.ops.cpu import kv_write as _kv_write  # noqa: F401 - registers
+from millstream.ops.cpu import kv_write8 as _kv_write8  # noqa: F401 - registers
 from millstream.ops.cpu import linear as _linear  # noqa: F401 - registers
 
 TABLES = cases.tables()
@@ -96,3 +98,36 @@ def _tensors(value):
     if isinstance(value, (tuple, list)):
         return [tensor for part in value for tensor in _tensors(part)]
     return []
+
+
+@pytest.mark.parametrize("case", TABLES["linear_blocks"].cases, ids=lambda case: case.name)
+def test_a_product_of_bytes_gives_a_row_the_same_bits_in_any_company(case):
+    native = TABLES["linear_blocks"].op.implementations["cpu"]
+    x, *rest = case.args()
+    if native.accepts(table.Ask("cpu", x.dtype)) is not None:
+        pytest.skip("no native product here")
+    whole = native.function(x, *rest)
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for row in range(min(x.shape[0], 13)):
+                assert torch.equal(native.function(x[row : row + 1], *rest)[0], whole[row])
+            assert torch.equal(native.function(x[: x.shape[0] // 2], *rest), whole[: x.shape[0] // 2])
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_a_stream_gives_back_what_was_packed():
+    from millstream.ops.ref.blocks import pack_stream, rows_of, unpack_stream, weights_of
+
+    generator = torch.Generator().manual_seed(3)
+    for outputs, inputs, bits in ((32, 64, 4), (33, 40, 4), (7, 100, 8), (64, 32, 8)):
+        runs = -(-inputs // 32)
+        codes = torch.randint(0, 1 << bits, (outputs, runs, 32), generator=generator).to(torch.uint8)
+        d, m = torch.randn(2, outputs, runs, generator=generator).half().float()
+        stream = pack_stream(codes, d, m, bits)
+        back = unpack_stream(stream, outputs, inputs, bits)
+        assert torch.equal(back[0], codes) and torch.equal(back[1], d) and torch.equal(back[2], m)
+        rows = torch.tensor([outputs - 1, 0, 3])
+        assert torch.equal(rows_of(stream, rows, outputs, inputs, bits), weights_of(stream, outputs, inputs, bits)[rows])

@@ -114,6 +114,8 @@ class Decoder:
 
     def run_layers(self, x: torch.Tensor, lo: int, hi: int, step: StepContext) -> torch.Tensor:
         """The residual stream (T, C) through the layers [lo, hi)."""
+        if isinstance(self.program, Program) and lo < hi and self.program.takes(step):
+            return self.program.run_layers(x, lo, hi, step)
         for layer in self.layers[lo:hi]:
             x = layer.channel(layer.attend(x, step))
         return x

@@ -61,9 +61,19 @@ class Program:
 
     def forward(self, tokens: torch.Tensor, step: StepContext) -> torch.Tensor:
         """tokens (T,) int64 -> the residual stream after the last layer (T, C) float32."""
+        x = torch.empty((tokens.shape[0], self._decoder.spec.width), dtype=torch.float32)
+        self._run(x, tokens, 0, len(self._layers), step)
+        return x
+
+    def run_layers(self, x: torch.Tensor, lo: int, hi: int, step: StepContext) -> torch.Tensor:
+        """The residual stream (T, C) float32 through the layers [lo, hi), new memory."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        self._run(x, None, lo, hi, step)
+        return x
+
+    def _run(self, x: torch.Tensor, tokens: torch.Tensor | None, lo: int, hi: int, step: StepContext) -> None:
         decoder, layout = self._decoder, step.layout
-        spec = decoder.spec
-        x = torch.empty((tokens.shape[0], spec.width), dtype=torch.float32)
+        embed = native.Matrix() if tokens is None else _matrix(decoder._embed.packed)
         with self._lock:
             self._point(step)
             self._turn(layout.max_seq)
@@ -77,16 +87,14 @@ class Program:
                 )  # fmt: skip
             args = native.Step(
                 ctypes.addressof(self._layers), ctypes.addressof(groups), ctypes.addressof(self._ropes),
-                _matrix(decoder._embed.packed),
-                tokens.data_ptr(), layout.positions.data_ptr(), layout.query_start.data_ptr(),
+                embed, None if tokens is None else tokens.data_ptr(), layout.positions.data_ptr(), layout.query_start.data_ptr(),
                 layout.seq_lens.data_ptr(), x.data_ptr(), None,
-                0, len(decoder.layers), len(self._groups), tokens.shape[0], layout.num_rows, spec.width,
+                lo, hi, len(self._groups), x.shape[0], layout.num_rows, x.shape[1],
                 0, torch.get_num_threads(), decoder._embed.scale,
             )  # fmt: skip
             self._scratch.call("layers", args)
-        for group in step.groups.values():
-            group.pages.wrote(tokens.shape[0])
-        return x
+        for name, group in step.groups.items():
+            group.pages.wrote(x.shape[0], sum(layer.spec.mixer.group == name for layer in decoder.layers[lo:hi]))
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The residual stream of some rows (rows, C) -> logits (rows, V) float32."""

@@ -94,7 +94,7 @@ class Blocks:
 
     def seen(self, x: torch.Tensor) -> torch.Tensor:
         q, s = quantize(x.float())
-        return (q * s[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
+        return (q * s[..., None]).flatten(1)[:, : x.shape[1]]
 
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         parts = packed.parts

@@ -51,8 +51,8 @@ class Pages(Protocol):
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
-    def wrote(self, num_tokens: int) -> None:
-        """Counts what a native program wrote itself: `num_tokens` in every layer."""
+    def wrote(self, num_tokens: int, num_layers: int) -> None:
+        """Counts what a native program wrote itself: `num_tokens` in each of some layers."""
         ...
 
     def addresses(self, layer: int) -> tuple[int, int]:

@@ -78,7 +78,7 @@ def rows_of(stream: torch.Tensor, rows: torch.Tensor, outputs: int, inputs: int,
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (T, I) float32 -> q (T, G, 32) of integers from -127 to 127 as float32, s (T, G)."""
     tokens, inputs = x.shape
-    runs = F.pad(x, (0, -inputs % RUN)).view(tokens, -1, RUN)
+    runs = F.pad(x, (0, -inputs % RUN)).view(tokens, -(-inputs // RUN), RUN)
     most = runs.abs().amax(-1)
     inverse = torch.where(most > 0, 127.0 / most, 0.0)
     return torch.round(runs * inverse[..., None]), most / 127.0
@@ -93,5 +93,5 @@ def linear_blocks(
     The activations are rounded to 8 bits, in runs of 32.
     """
     q, s = quantize(x)
-    rounded = (q * s[..., None]).reshape(x.shape[0], -1)[:, : x.shape[1]]
+    rounded = (q * s[..., None]).flatten(1)[:, : x.shape[1]]
     return F.linear(rounded, weights_of(stream, outputs, x.shape[1], bits), bias)

@@ -64,9 +64,9 @@ class Int8Pages:
         v = values.view(torch.int8).float() * scale[:, :, 1]
         return k[..., : self.group.head_dim], v[..., : self.group.head_dim]
 
-    def wrote(self, num_tokens: int) -> None:
-        """Counts what a native program wrote itself: `num_tokens` in every layer."""
-        self.copied.write_bytes += num_tokens * self.group.num_layers * self._token_bytes
+    def wrote(self, num_tokens: int, num_layers: int) -> None:
+        """Counts what a native program wrote itself: `num_tokens` in each of some layers."""
+        self.copied.write_bytes += num_tokens * num_layers * self._token_bytes
 
     def addresses(self, layer: int) -> tuple[int, int]:
         """Where the blocks of a layer begin; they hold K and V."""

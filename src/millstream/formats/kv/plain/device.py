@@ -61,9 +61,9 @@ class PlainPages:
         block, offset = slots // self.block_size, slots % self.block_size
         return self._k_layers[layer][block, :, :, offset], self._v_layers[layer][block, :, offset]
 
-    def wrote(self, num_tokens: int) -> None:
-        """Counts what a native program wrote itself: `num_tokens` in every layer."""
-        self.copied.write_bytes += num_tokens * self.group.num_layers * self._token_bytes
+    def wrote(self, num_tokens: int, num_layers: int) -> None:
+        """Counts what a native program wrote itself: `num_tokens` in each of some layers."""
+        self.copied.write_bytes += num_tokens * num_layers * self._token_bytes
 
     def addresses(self, layer: int) -> tuple[int, int]:
         """Where K and V of a layer begin."""
