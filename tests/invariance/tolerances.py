@@ -1,8 +1,9 @@
 """How close is equal, for each set of kernels. The only place: no test of this folder has a number of its own.
 
-`oracle_atol` bounds logprobs against the naive generator, whose attention sums in another order (None: they are not held
-to it); tokens must be equal wherever the generator's two best are more than `near_tie` apart. `alone_atol` bounds logprobs against the same engine
-running the request cold and alone: 0 where kernels promise the same bits for every batch and chunking.
+`oracle_atol` bounds logprobs against the naive generator, whose attention sums in another order (None: they are not
+held to it); tokens must be equal wherever the generator's two best are more than `near_tie` apart. `alone_atol` bounds
+logprobs against the same engine running the request cold and alone: 0 where kernels promise the same bits for every
+batch and chunking.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KERNELS = (
     Kernels("torch", ops="ref", attention="torch-ref", block_size=8),
     # Attention and the products are bit-invariant; norms and activations are still torch's.
     Kernels("native", ops="auto", attention="auto", block_size=16),
-    # Rounded activations jump where the naive generator's last digits differ, so it is no judge of these: what they round
-    # is held to account by their own tests. What is promised here is every bit, whoever shares the batch.
+    # Rounded activations jump where the naive generator's last digits differ, so it is no judge of these: what they
+    # round is held to account by their own tests. What is promised here is every bit, whoever shares the batch.
     Kernels("blocks", "auto", "auto", 16, weights="blocks", kv="int8", oracle_atol=None, alone_atol=0.0),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import gguf
 import numpy as np
 import paged
@@ -81,7 +83,7 @@ def test_chunks_layer_ranges_and_threads_change_no_bit(tensors):
     edges = [0, 1, 16, 17, 50, len(TOKENS)]
     before = torch.get_num_threads()
     parts = []
-    for place, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for place, (start, stop) in enumerate(itertools.pairwise(edges)):
         torch.set_num_threads(1 + place % 3)
         parts.append(row.run(TOKENS, start, stop))
     torch.set_num_threads(before)

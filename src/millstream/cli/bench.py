@@ -141,7 +141,12 @@ def _startup(args: argparse.Namespace) -> int:
     with download_progress(args.model) as progress:
         path = store.resolve(args.model, progress=progress, notice=note)
     passed: list[str] = []
-    flags = {"--dtype": args.dtype, "--weights": args.weights, "--max-context": args.max_context, "--config": args.config}
+    flags = {
+        "--dtype": args.dtype,
+        "--weights": args.weights,
+        "--max-context": args.max_context,
+        "--config": args.config,
+    }
     for flag, given in flags.items():
         passed += [flag, str(given)] if given is not None else []
     for pair in args.set:

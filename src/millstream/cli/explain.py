@@ -45,6 +45,11 @@ def _loaded(args: argparse.Namespace) -> dict[str, Any]:
                 str(token): llm.tokenizer.decode([token], skip_special=False)
                 for token in sorted(llm.tokenizer.stop_ids)
             },
+            "weights": dict(built.formats),
+            "layers": {
+                "chosen": "one native call" if built.program is None else "one op after the other",
+                "refused": {} if built.program is None else {"one native call": built.program},
+            },
             "attention": {
                 group: {"chosen": name, "refused": dict(built.refusals[group])}
                 for group, name in built.attention.items()
@@ -189,7 +194,8 @@ def _print(value: Mapping[str, Any]) -> None:
     print_table(("setting", "value", "because"), [tuple(one.values()) for one in value["decisions"]])
     if "attention" in value:
         print("\ncomputed with")
-        rows = [
+        rows = [("layers of a step", value["layers"]["chosen"], _refusals(value["layers"]))]
+        rows += [
             (f"attention, group {group}", one["chosen"], _refusals(one)) for group, one in value["attention"].items()
         ]
         rows += [(f"op {name}", one["chosen"], _refusals(one)) for name, one in value["ops"].items()]
@@ -199,7 +205,9 @@ def _print(value: Mapping[str, Any]) -> None:
         print("stop tokens: " + ", ".join(f"{token} {text!r}" for token, text in value["stop_tokens"].items()))
     memory = value["memory"]
     print("\nmemory")
-    rows = [("weights", memory_in_words(memory["weights_bytes"]), "mapped from disk where they were converted before")]
+    kept = ", ".join(f"{memory_in_words(size)} {name}" for name, size in value.get("weights", {}).items())
+    mapped = "mapped from disk where they were converted before"
+    rows = [("weights", memory_in_words(memory["weights_bytes"]), f"{kept}; {mapped}" if kept else mapped)]
     for name, group in memory["kv_groups"].items():
         rows.append(
             (

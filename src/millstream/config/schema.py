@@ -18,8 +18,8 @@ Auto = Literal["auto"]
 class ModelConfig:
     """`dtype` of weights and activations; `max_context` in tokens, at most what the model was made for.
 
-    `weights` is how matrices are kept: "dense", in the dtype, or "blocks": codes of 4 or 8 bits with scales, as they are
-    stored in a GGUF file, multiplied by activations of 8 bits. Faster, and off by what that rounding costs.
+    `weights` is how matrices are kept: "dense", in the dtype, or "blocks": codes of 4 or 8 bits with scales, as they
+    are stored in a GGUF file, multiplied by activations of 8 bits. Faster, and off by what that rounding costs.
     """
 
     dtype: str = "float32"
@@ -31,7 +31,8 @@ class ModelConfig:
 class CacheConfig:
     """The KV cache. `bytes` is its budget ("4GiB", "512MB" or a number); `blocks` sets the count itself.
 
-    `kv` is how keys and values are stored: "auto" is plain, or int8 beside weights in blocks. `host_bytes` is what swapped-out sequences may take of host memory.
+    `kv` is how keys and values are stored: "auto" is plain, or int8 beside weights in blocks. `host_bytes` is what
+    swapped-out sequences may take of host memory.
     """
 
     kv: Choice | Auto = "auto"

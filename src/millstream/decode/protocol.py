@@ -10,7 +10,6 @@ from millstream.core.plan import SampleAsk, Settled, TokenLogprobs
 from millstream.core.request import Request
 from millstream.core.sequence import Finish, Sequence
 
-
 # Why a row ends whose logits hold a NaN, an infinity, or nothing to choose from.
 NOT_FINITE = "the model gave logits that are not finite"
 

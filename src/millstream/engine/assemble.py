@@ -86,9 +86,10 @@ def assemble(
     spec = opened.spec
     compose = importlib.import_module(COMPOSE)
     lap("import torch")
+    dtype = config.model.dtype
     kv = registry.make("kv", kv_choice(config)[0])
     machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source))
-    resolved = resolve(config, spec, machine, lambda group, size: int(kv.page_bytes(group, size, config.model.dtype)))
+    resolved = resolve(config, spec, machine, lambda group, size: int(kv.page_bytes(group, size, dtype)))
     config = resolved.config
     built = compose.build_runner(
         opened.source,

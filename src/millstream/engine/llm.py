@@ -33,9 +33,10 @@ Progress = Callable[[RequestOutput], None]
 
 
 def engine_config(config: EngineConfig | Mapping[str, Any] | str | Path | None, **options: Any) -> EngineConfig:
-    """A config from a file, a tree or nothing, with options over it. `dtype`, `weights` and `max_context` are the model's.
+    """A config from a file, a tree or nothing, with options over it.
 
-    Raises ConfigError for keys that do not exist, naming the nearest.
+    `dtype`, `weights` and `max_context` are the model's. Raises ConfigError for keys that do not exist, naming the
+    nearest.
     """
     if isinstance(config, EngineConfig):
         if not options:

@@ -64,7 +64,9 @@ def kv_choice(config: EngineConfig) -> tuple[Choice, str]:
     if given != "auto":
         return given, ""
     if config.model.weights == "blocks":
-        return Choice("int8"), "weights in blocks are rounded already; a quarter of the memory, and as much less to read"
+        return Choice(
+            "int8"
+        ), "weights in blocks are rounded already; a quarter of the memory, and as much less to read"
     return Choice("plain"), "keys and values as they are computed"
 
 

@@ -1,8 +1,7 @@
-"""A model's matrices as codes with scales (`block4`, `block8`), as near to how they are stored as the two formats allow.
+"""A model's matrices as codes with scales (`block4`, `block8`), as near to how they are stored as these two allow.
 
 What GGUF stores in 4 bits with scales for 32 values keeps its bits; other stored types, and floats, become `block8`.
-Matrices too small to matter and those that choose experts stay dense. The embedding is kept the same way, once where the
-head is tied to it.
+Matrices that choose experts stay dense. The embedding is kept the same way, once where the head is tied to it.
 """
 
 from __future__ import annotations

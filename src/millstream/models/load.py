@@ -42,9 +42,7 @@ class LoadedModel:
     report: LoadReport
 
 
-def load_model(
-    source: ModelSource, dtype: str = "float32", cached: bool = True, weights: str = "dense"
-) -> LoadedModel:
+def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True, weights: str = "dense") -> LoadedModel:
     """Loads a model whole. `cached` lets converted weights be kept on disk for the next start.
 
     `weights` is how matrices are kept: "dense" (in `dtype`) or "blocks" (`models/blocks_of.py`).

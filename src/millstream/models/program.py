@@ -87,8 +87,8 @@ class Program:
                 )  # fmt: skip
             args = native.Step(
                 ctypes.addressof(self._layers), ctypes.addressof(groups), ctypes.addressof(self._ropes),
-                embed, None if tokens is None else tokens.data_ptr(), layout.positions.data_ptr(), layout.query_start.data_ptr(),
-                layout.seq_lens.data_ptr(), x.data_ptr(), None,
+                embed, None if tokens is None else tokens.data_ptr(), layout.positions.data_ptr(),
+                layout.query_start.data_ptr(), layout.seq_lens.data_ptr(), x.data_ptr(), None,
                 lo, hi, len(self._groups), x.shape[0], layout.num_rows, x.shape[1],
                 0, torch.get_num_threads(), decoder._embed.scale,
             )  # fmt: skip

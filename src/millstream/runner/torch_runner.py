@@ -195,9 +195,7 @@ class TorchRunner:
                     logprobs[row.extend.seq] = record
         return tokens, logprobs, faults
 
-    def _best(
-        self, x: torch.Tensor, asking: list[_Row], tokens: dict[int, int], faults: dict[int, str]
-    ) -> list[_Row]:
+    def _best(self, x: torch.Tensor, asking: list[_Row], tokens: dict[int, int], faults: dict[int, str]) -> list[_Row]:
         """Settles the rows of which only the likeliest token matters; returns the others."""
         rest: list[_Row] = []
         plain: list[_Row] = []

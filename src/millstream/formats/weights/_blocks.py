@@ -73,7 +73,9 @@ class Blocks:
         length = packed.shape[0 if side == "column" else 1]
         unit = 1 if side == "column" else RUN
         if num_ranks < 1 or length % (num_ranks * unit) or not 0 <= rank < num_ranks:
-            raise ConfigError(f"rank {rank} of {num_ranks} cannot take its part of {length} {side}s (multiples of {unit})")
+            raise ConfigError(
+                f"rank {rank} of {num_ranks} cannot take its part of {length} {side}s (multiples of {unit})"
+            )
         codes, d, m = unpack_stream(packed["stream"], *packed.shape, self.bits)
         bias = packed.parts.get("bias")
         each = length // num_ranks // unit

@@ -13,9 +13,9 @@ from collections.abc import MutableMapping
 import torch
 
 from millstream.core.registry import Card
+from millstream.ops.attention._native import AttentionArgs, State, attend, prepare, refuses
 from millstream.ops.attention.protocol import AttentionAsk, Pages
 from millstream.ops.cpu import build
-from millstream.ops.cpu.attention import AttentionArgs, State, attend, prepare, refuses
 from millstream.ops.layout import BatchLayout
 from millstream.ops.table import Refusal
 

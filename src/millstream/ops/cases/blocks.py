@@ -27,7 +27,7 @@ def exact(
 def made(
     rows: int, outputs: int, inputs: int, bits: int, bias: bool = False, width: int = 0, zeros: bool = False
 ) -> Callable[[torch.Generator], tuple[Any, ...]]:
-    """Random codes. `width` takes the inputs out of wider rows; `zeros` makes some runs of the inputs nothing but zeros."""
+    """Random codes. `width` takes the inputs out of wider rows; `zeros` makes some runs of them nothing but zeros."""
 
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         runs = -(-inputs // RUN)

@@ -66,7 +66,11 @@ def exact8(
                 scales[place * block_size + offset] = most / 127.0
                 for d in range(width):
                     value = round(float(x[d] * (127.0 / most))) if d < len(x) and most > 0 else 0
-                    at = (d // 4 * block_size + offset) * 4 + d % 4 if place == 0 else (offset // 4 * width + d) * 4 + offset % 4
+                    at = (
+                        (d // 4 * block_size + offset) * 4 + d % 4
+                        if place == 0
+                        else (offset // 4 * width + d) * 4 + offset % 4
+                    )
                     page[place * block_size * width + at] = value + 128 if place == 0 else value % 256
     return (pages.double(),)
 

@@ -407,9 +407,11 @@ extern "C" {
 int64_t millstream_layers_scratch(const MillstreamStep *s) { return Layers(*s, 1).lay_out(nullptr); }
 
 // 0; -1 when a row needs a block that is not one of the pages, has fewer tokens than queries, or a slot beyond the
-// pages; -2 when there is too little scratch. Nothing is written then.
+// pages; -2 when there is too little scratch; -3 for a token that has no embedding. Nothing is written then.
 int millstream_layers(const MillstreamStep *s) {
   if (s->num_tokens <= 0) return 0;
+  for (int64_t t = 0; s->embedding.stream && t < s->num_tokens; t++)
+    if (s->tokens[t] < 0 || s->tokens[t] >= s->embedding.outputs) return -3;
   Layers layers(*s, members(s->num_threads));
   if (layers.lay_out(static_cast<char *>(s->scratch)) > s->scratch_bytes) return -2;
   if (layers.plan() != 0) return -1;

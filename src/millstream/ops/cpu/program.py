@@ -1,6 +1,6 @@
 """The arguments of `program.cpp`, mirrored: matrices, layers, a step, and the calls over them.
 
-Addresses are those of tensors that the caller keeps alive. `Scratch` is the memory that calls share, one call at a time.
+Addresses are those of tensors that the caller keeps alive. `Scratch` is memory that calls share, one call at a time.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ class Rope(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = (
-        [
-            (n, Norm)
-            for n in ("mixer_norm", "mixer_post_norm", "channel_norm", "channel_post_norm", "q_norm", "k_norm")
-        ]
+        [(n, Norm) for n in ("mixer_norm", "mixer_post_norm", "channel_norm", "channel_post_norm", "q_norm", "k_norm")]
         + [(n, Matrix) for n in ("qkv", "out", "gate", "up", "down")]
         + [("k", c_void_p), ("v", c_void_p)]
         + [(n, c_int64) for n in ("group", "rope", "activation", "heads", "kv_heads", "dim", "inner", "window")]
@@ -128,7 +125,7 @@ class Scratch:
         self._held = torch.empty(0, dtype=torch.uint8)
 
     def call(self, name: str, args: Any) -> None:
-        """Runs `millstream_<name>`. Raises IndexError when the pages do not hold what the step needs."""
+        """Runs `millstream_<name>`. Raises IndexError when the pages or the embedding do not hold what it needs."""
         found = library()
         needed = getattr(found, f"millstream_{name}_scratch")(ctypes.byref(args))
         if needed + 64 > self._held.numel():
@@ -139,6 +136,8 @@ class Scratch:
         failed = getattr(found, f"millstream_{name}")(ctypes.byref(args))
         if failed == -1:
             raise IndexError("a row needs a block that it does not hold, or has fewer tokens than queries")
+        if failed == -3:
+            raise IndexError("a token id is beyond the embedding")
         if failed:
             raise RuntimeError(f"millstream_{name} failed with {failed}")
 

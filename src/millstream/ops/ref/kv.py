@@ -33,8 +33,8 @@ def kv_write(
 def kv_write8(pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_size: int) -> None:
     """Stores k, v (T, K, D) at `slots` (T,) int64 of pages (N, K, bytes of a head) uint8, in place, in 8 bits.
 
-    `formats/kv/int8/device.py` has the layout. A negative slot is passed over. Raises IndexError when a slot lies beyond
-    the pages.
+    `formats/kv/int8/device.py` has the layout. A negative slot is passed over. Raises IndexError when a slot lies
+    beyond the pages.
     """
     kept = slots >= 0
     if not bool(kept.all()):
@@ -48,7 +48,12 @@ def kv_write8(pages: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torc
     d = torch.arange(width)
     at = (d // 4 * size + offset[:, None]) * 4 + d % 4
     _put(pages, block, at, (keys.to(torch.int16) + 128).to(torch.uint8))
-    _put(pages, block, size * width + (offset[:, None] // 4 * width + d) * 4 + offset[:, None] % 4, values.view(torch.uint8))
+    _put(
+        pages,
+        block,
+        size * width + (offset[:, None] // 4 * width + d) * 4 + offset[:, None] % 4,
+        values.view(torch.uint8),
+    )
     for place, scale in enumerate((key_scale, value_scale)):
         at = 2 * size * width + (place * size + offset[:, None]) * 4 + torch.arange(4)
         _put(pages, block, at, scale.contiguous().view(torch.uint8).view(-1, heads, 4))

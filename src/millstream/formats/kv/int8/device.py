@@ -1,8 +1,8 @@
 """Pages of 8 bits: all that one block holds of a layer is one run of memory, head after head.
 
-Shapes: L layers of the group, N blocks, K kv heads, D head dimension rounded up to 16, B block size, T tokens. A head of
-a block is: keys as unsigned bytes around 128, (D / 4, B, 4); values as signed bytes, (B / 4, D, 4); scales of keys and of
-values, float32 (2, B). `ops/cpu/attention8.h` reads it so.
+Shapes: L layers of the group, N blocks, K kv heads, D head dimension rounded up to 16, B block size, T tokens. A head
+of a block is: keys as unsigned bytes around 128, (D / 4, B, 4); values as signed bytes, (B / 4, D, 4); scales of keys
+and of values, float32 (2, B). `ops/cpu/attention8.h` reads it so.
 """
 
 from __future__ import annotations
