@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import real
 from millstream.bench.knee import SHARE
 from millstream.cli.main import main
 
@@ -314,6 +315,25 @@ def test_the_knee_is_measured_kept_and_used(model, told, capsys, tmp_path):
     assert f"measured on {found['date']}" in decision["reason"]
     assert main(["bench", "knee", model, "--repeats", "1"]) == 0
     assert f"smallest step with {SHARE:.0%} of the best" in capsys.readouterr().out
+
+
+def test_weights_in_blocks_are_a_flag_and_explain_says_what_they_came_to(model, told):
+    words = ("--input-len", "8", "--output-len", "3", "--num-prompts", "2", "--repeats", "1", "--weights", "blocks")
+    found = told("bench", "throughput", model, *words)
+    assert found["formats"]["weights"] == "block8" and found["formats"]["kv"] == "int8"
+    explained = told("explain", model, "--weights", "blocks")
+    assert set(explained["weights"]) == {"block8"} and "multiple of 32" in str(explained["run_as"]["refused"])
+    assert explained["attention"]["full"]["chosen"] == "cpu-int8"
+    # Float weights rounded to 8 bits take a little more than a quarter of the room.
+    dense = told("explain", model)["memory"]["weights_bytes"]
+    assert explained["memory"]["weights_bytes"] < 0.4 * dense
+
+
+def test_the_embedded_model_answers_in_blocks(told):
+    real.model_path("smollm2-135m")
+    words = ("--max-tokens", "8", "--temperature", "0", "--weights", "blocks")
+    found = told("complete", "smollm2-135m", "The capital of France is", *words)
+    assert "Paris" in found["outputs"][0]["text"]
 
 
 def test_a_start_is_timed_cold_and_warm_in_processes_of_its_own(model, told):

@@ -125,3 +125,23 @@ def test_kernels_run_on_the_openmp_runtime_that_torch_mapped():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("machine", ["x86-64-v3", "x86-64"])
+def test_products_of_bytes_are_right_on_older_machines(machine, tmp_path, monkeypatch):
+    import platform
+
+    from millstream.ops import cases
+    from millstream.ops.cpu import blocks, program
+
+    if platform.machine() != "x86_64":
+        pytest.skip("not an x86 machine")
+    monkeypatch.setattr(build, "MACHINE_FLAGS", ((f"-march={machine}",),))
+    library = ctypes.CDLL(str(build.build(build.SOURCES / "program.cpp", tmp_path)))
+    monkeypatch.setitem(build._libraries, (build.settings(), "program"), library)
+    assert program.refusal() is None
+    found = cases.tables()["linear_blocks"]
+    for case in found.cases:
+        got = blocks.linear_blocks_cpu(*case.args())
+        torch.testing.assert_close(got.double(), found.exact(*case.args())[0], atol=case.atol, rtol=0)

@@ -54,9 +54,9 @@ def model(name: str):
 
 
 @functools.cache
-def accepted(name: str, backend: str) -> bool:
+def accepted(name: str, backend: str, kv: str) -> bool:
     try:
-        tiny_model.runner(model(name), BLOCK, 4, attention=backend).close()
+        tiny_model.runner(model(name), BLOCK, 4, kv=kv, attention=backend).close()
     except ConfigError:
         return False
     return True
@@ -65,7 +65,12 @@ def accepted(name: str, backend: str) -> bool:
 def allowed(case: Case) -> bool:
     if case.get("composition") == "prefill-first" and case.get("policy", "prefill-first") != "prefill-first":
         return False
-    return "attention" not in case or "model" not in case or accepted(case["model"], case["attention"])
+    if "attention" not in case:
+        return True
+    # A pair without a model or a KV format is allowed when some choice of them goes with it.
+    models = [case["model"]] if "model" in case else sorted(tiny_model.CONFIGS)
+    formats = [case["kv"]] if "kv" in case else registry.names("kv")
+    return any(accepted(name, case["attention"], kv) for name in models for kv in formats)
 
 
 def axes() -> dict[str, list[str]]:

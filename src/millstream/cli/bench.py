@@ -186,7 +186,7 @@ def _knee(args: argparse.Namespace, llm: LLM) -> int:
     from millstream.models.home import write_atomically
 
     knee = measure_knee(llm.assembled, repeats=args.repeats or 5, seed=args.seed, say=note)
-    path = knee_file(llm.assembled.source)
+    path = knee_file(llm.assembled.source, llm.assembled.resolved.config.model.weights)
     value = {**knee.as_json(), "model": llm.model, "formats": _formats(llm), **_machine()}
     write_atomically(path, json.dumps(value).encode())
     if any(point.high > NOISY * point.low for point in knee.curve):

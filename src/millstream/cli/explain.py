@@ -46,7 +46,7 @@ def _loaded(args: argparse.Namespace) -> dict[str, Any]:
                 for token in sorted(llm.tokenizer.stop_ids)
             },
             "weights": dict(built.formats),
-            "layers": {
+            "run_as": {
                 "chosen": "one native call" if built.program is None else "one op after the other",
                 "refused": {} if built.program is None else {"one native call": built.program},
             },
@@ -73,7 +73,9 @@ def _from_headers(args: argparse.Namespace) -> dict[str, Any]:
         opened = open_model(args.model, progress, note)
     compose = importlib.import_module(COMPOSE)
     kv = registry.make("kv", kv_choice(config)[0])
-    machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source))
+    machine = Machine(
+        "cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source, config.model.weights)
+    )
     resolved = resolve(
         config, opened.spec, machine, lambda group, size: int(kv.page_bytes(group, size, config.model.dtype))
     )
@@ -194,7 +196,7 @@ def _print(value: Mapping[str, Any]) -> None:
     print_table(("setting", "value", "because"), [tuple(one.values()) for one in value["decisions"]])
     if "attention" in value:
         print("\ncomputed with")
-        rows = [("layers of a step", value["layers"]["chosen"], _refusals(value["layers"]))]
+        rows = [("layers of a step", value["run_as"]["chosen"], _refusals(value["run_as"]))]
         rows += [
             (f"attention, group {group}", one["chosen"], _refusals(one)) for group, one in value["attention"].items()
         ]

@@ -143,7 +143,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint) and hint is not Choice and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, path)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
+    # A word that stands for itself comes before what any text could name.
+    for option in sorted(options, key=lambda one: str(typing.get_origin(one)) != str(typing.Literal)):
         if option is Choice:
             if isinstance(value, Choice):
                 return value

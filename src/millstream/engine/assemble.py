@@ -88,7 +88,9 @@ def assemble(
     lap("import torch")
     dtype = config.model.dtype
     kv = registry.make("kv", kv_choice(config)[0])
-    machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source))
+    machine = Machine(
+        "cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source, config.model.weights)
+    )
     resolved = resolve(config, spec, machine, lambda group, size: int(kv.page_bytes(group, size, dtype)))
     config = resolved.config
     built = compose.build_runner(
@@ -161,9 +163,9 @@ def build_engine(
     )
 
 
-def measured_knee(source: Any) -> tuple[int | None, str]:
-    """The step size that `millstream bench knee` measured for these weights on this machine, and when."""
-    path = knee_file(source)
+def measured_knee(source: Any, weights: str) -> tuple[int | None, str]:
+    """The step size that `millstream bench knee` measured for these weights, kept so, on this machine, and when."""
+    path = knee_file(source, weights)
     try:
         found = json.loads(path.read_text())
         return int(found["step_tokens"]), f"measured on {found['date']}"
@@ -171,5 +173,5 @@ def measured_knee(source: Any) -> tuple[int | None, str]:
         return None, ""
 
 
-def knee_file(source: Any) -> Any:
-    return home() / "profiles" / f"knee-{source.checksum()[:16]}.json"
+def knee_file(source: Any, weights: str) -> Any:
+    return home() / "profiles" / f"knee-{source.checksum()[:16]}-{weights}.json"

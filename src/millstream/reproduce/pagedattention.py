@@ -117,6 +117,8 @@ class PagedAttention(Experiment):
         "millstream.memory.blocks",
         "millstream.sched.scheduler",
         "millstream.ops.attention.cpu_paged",
+        "millstream.ops.attention._native",
+        "millstream.ops.cpu/attention.h",
         "millstream.ops.cpu/paged_attention.cpp",
         "millstream.ops.cpu.kv_write",
         "millstream.formats.kv.plain",

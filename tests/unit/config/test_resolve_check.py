@@ -49,7 +49,7 @@ def test_everything_auto_is_settled_with_a_reason_and_twice_the_same():
 def test_what_is_given_is_kept_and_needs_no_reason():
     tree = {
         "runner": {"plans": 2, "threads": 1},
-        "cache": {"block_size": 32, "blocks": 64},
+        "cache": {"kv": "plain", "block_size": 32, "blocks": 64},
         "sched": {"step_tokens": 17, "max_rows": 5, "meters": ["kv-blocks"]},
         "model": {"max_context": 100},
     }
@@ -131,3 +131,20 @@ def test_the_defaults_go_together():
             EngineConfig, {"sched": {"policies": ["prefill-first", "fcfs"], "meters": ["prefill-first", "kv-blocks"]}}
         )
     )
+
+
+def test_automatic_kv_follows_the_weights():
+    def kv(tree):
+        found = settle(tree)
+        return found.config.cache.kv.name, [one.value for one in found.decisions if one.name == "cache.kv"]
+
+    assert kv({}) == ("plain", ["plain"])
+    assert kv({"model": {"weights": "blocks"}}) == ("int8", ["int8"])
+    assert kv({"model": {"weights": "blocks"}, "cache": {"kv": "plain"}}) == ("plain", [])
+
+
+def test_a_way_to_keep_weights_that_is_none_is_refused_with_the_nearest():
+    with pytest.raises(UnknownName, match=r"nearest.*blocks"):
+        check(build(EngineConfig, {"model": {"weights": "block"}}))
+    with pytest.raises(ConfigError, match="float32"):
+        check(build(EngineConfig, {"model": {"weights": "blocks", "dtype": "bfloat16"}}))
