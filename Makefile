@@ -3,6 +3,7 @@
 #   make demo          a few dozen prompts, answered in one continuous batch
 #   make test          what must pass before a change is taken: style, types, layers, tests
 #   make test-long     the tests that take longer
+#   make test-asan     the native kernels under AddressSanitizer
 #   make test-large    the tests that need the 1.1 GB model, which is downloaded
 #
 # PIP_ARGS passes options to pip (an index, a proxy), for example to take the CPU build of torch from an index of your
@@ -17,7 +18,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 GOOD_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-long test-large lint format clean clean-all
+.PHONY: help setup demo test test-long test-asan test-large lint format clean clean-all
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -84,6 +85,9 @@ test: .venv/test-model
 
 test-long: .venv/test-model
 	$(BIN)/python -m pytest -m "long and not large" $(PYTEST_ARGS)
+
+test-asan: .venv/test
+	$(BIN)/python -m pytest -m "long and not large" tests/ops/test_asan.py
 
 test-large: .venv/test-model
 	@$(BIN)/millstream pull qwen2.5-coder-1.5b

@@ -336,6 +336,20 @@ def test_the_embedded_model_answers_in_blocks(told):
     assert "Paris" in found["outputs"][0]["text"]
 
 
+def test_kernels_are_built_ahead_and_found_again(told, monkeypatch, tmp_path):
+    from millstream.ops.cpu import build
+
+    def pretend(source, directory, compiler=None):
+        assert directory == tmp_path / "kernels" and source.exists()
+        return directory / f"{source.stem}.so"
+
+    monkeypatch.setenv("MILLSTREAM_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "build", pretend)
+    found = told("build-kernels")
+    assert [one["kernel"] for one in found["kernels"]] == ["linear", "paged_attention", "program", "sampling"]
+    assert main(["build-kernels", "--compiler", "no-such-compiler", "--json"]) != 0
+
+
 def test_a_start_is_timed_cold_and_warm_in_processes_of_its_own(model, told):
     found = told("bench", "startup", model, "--repeats", "1")
     assert found["startup_s"] == found["repeats"]["warm"][0]["total_s"]

@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "plugins": ("plugins", "every plug-in, by extension point"),
     "papers": ("papers", "the techniques: where each lives, its switch, and whether it works"),
     "reproduce": ("reproduce", "run a paper's experiment against its baseline"),
+    "build-kernels": ("build_kernels", "compile the native kernels now instead of at first use"),
     "collect-env": ("collect_env", "versions, hardware and folders, for a bug report"),
 }
 

@@ -106,6 +106,7 @@ def assemble(
         resolved.threads,
         config.runner.attention,
         config.runner.ops,
+        notice,
     )
     phases.update({f"load: {name}": seconds for name, seconds in built.phases.items()})
     start = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,9 +52,10 @@ def build_runner(
     threads: int,
     attention: str,
     ops: str,
+    notice: Callable[[str], None] | None = None,
 ) -> Built:
     """Loads the weights and allocates the pages. Raises ModelError and ConfigError."""
-    build.configure(directory=home() / "kernels")
+    build.configure(directory=home() / "kernels", notice=notice)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     with table.use("ref" if ops == "ref" else "auto"):

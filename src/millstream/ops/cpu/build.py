@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +51,27 @@ class Settings:
     compiler: str | None = None
 
 
+# Told before a compiler is started; set by `configure`.
+_notice: Callable[[str], None] | None = None
 _settings = Settings(Path.home() / ".cache" / "millstream" / "kernels")
 _libraries: dict[tuple[Settings, str], ctypes.CDLL | KernelError] = {}
 _lock = threading.Lock()
 _warned = False
 
 
-def configure(directory: str | Path | None = None, compiler: str | None = None) -> None:
+def configure(
+    directory: str | Path | None = None,
+    compiler: str | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> None:
     """Sets the kernel directory and compiler of this process; libraries already loaded stay loaded.
 
-    Ops choose anew when something changed: what was native may have no kernel under the new settings.
+    Ops choose anew when something changed: what was native may have no kernel under the new settings. `notice` gets a
+    sentence before something is compiled.
     """
-    global _settings
+    global _settings, _notice
+    if notice is not None:
+        _notice = notice
     settings = Settings(Path(directory) if directory is not None else _settings.directory, compiler)
     if settings != _settings:
         _settings = settings
@@ -100,6 +110,8 @@ def build(source: Path, directory: Path, compiler: str | None = None, extra: tup
     target = directory / f"{source.stem}-{digest}.so"
     if target.exists():
         return target
+    if _notice is not None:
+        _notice(f"compiling {source.name} for this machine; that is done once and takes some seconds")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=directory) as scratch:

@@ -1,15 +1,10 @@
-"""Device half of plain decoding: logits to tokens.
+"""Device half of plain decoding: logits to tokens. How a token is drawn is said in `ops/ref/sampling.py`.
 
 Shapes: R rows that sample in this step, V vocabulary.
-
-A token is drawn by the Gumbel-max trick: to each logprob is added noise that is a function of (seed, index, position,
-token) alone, and the largest wins. So a seed gives the same text whoever shares the batch, in float arithmetic too:
-walking the cumulative distribution would let a rounding error of 1e-6 pick a neighbour whenever the tail is hit.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence as Seq
 
 import torch
@@ -17,10 +12,8 @@ import torch
 from millstream.core import registry
 from millstream.core.plan import Logprob, SampleAsk, TokenLogprobs
 from millstream.decode.protocol import NOT_FINITE
-from millstream.ops.ref.random import uniform_draws
-
-# Enough candidates for nearly every top-p set; rows that need more sort the whole vocabulary.
-_TOP_P_CANDIDATES = 256
+from millstream.ops.cpu import sampling as _native  # noqa: F401 - registers the native implementation
+from millstream.ops.ref.sampling import Draw, sample_tokens
 
 
 class Autoregressive:
@@ -58,9 +51,10 @@ class Autoregressive:
             if ask.banned or ask.params.logit_bias:
                 self._check_choice(logits, row, faults)
         tokens = torch.argmax(logits, dim=-1).tolist()
-        for row, ask in enumerate(asks):
-            if not ask.params.greedy and faults[row] is None:
-                tokens[row] = _sample(logits[row], ask)
+        draws = [_draw(row, ask) for row, ask in enumerate(asks) if not ask.params.greedy and faults[row] is None]
+        if draws:
+            for draw, token in zip(draws, sample_tokens(logits, draws), strict=True):
+                tokens[draw.row] = token
         logprobs: list[TokenLogprobs | None] = [None] * len(asks)
         if raw is not None:
             for place, row in enumerate(asked):
@@ -87,42 +81,9 @@ def token_logprobs(logprobs: torch.Tensor, token: int, top: int) -> TokenLogprob
     return TokenLogprobs(chosen, best)
 
 
-def _sample(logits: torch.Tensor, ask: SampleAsk) -> int:
+def _draw(row: int, ask: SampleAsk) -> Draw:
     params = ask.params
-    scaled = logits.double() / params.temperature
-    ids = _all_ids(scaled.shape[0])
-    if 0 < params.top_k < scaled.shape[0]:
-        # Ties with the last of them stay: which of equals is cut must not depend on a sort.
-        kept = scaled >= torch.topk(scaled, params.top_k).values[-1]
-        scaled, ids = scaled[kept], ids[kept]
-    logprobs = torch.log_softmax(scaled, dim=-1)
-    if params.min_p > 0 or params.top_p < 1:
-        probs = logprobs.exp()
-        kept = probs >= params.min_p * probs.max()
-        if params.top_p < 1:
-            probs = torch.where(kept, probs, 0.0)
-            kept &= probs >= _top_p_floor(probs, params.top_p)
-        logprobs, ids = logprobs[kept], ids[kept]
-    # Each token draws its own number, so the race is decided by a margin: a rounding error in a logit changes the
-    # winner only where two are that close, however flat the distribution is.
-    race = logprobs - torch.log(-torch.log(uniform_draws(ask.seed, ask.index, ask.position, ids)))
-    return int(ids[torch.argmax(race)])
-
-
-@functools.cache
-def _all_ids(vocab_size: int) -> torch.Tensor:
-    return torch.arange(vocab_size)
-
-
-def _top_p_floor(probs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The smallest probability within the smallest set of tokens that has `top_p` of the whole sum."""
-    target = top_p * probs.sum()
-    for count in (_TOP_P_CANDIDATES, probs.shape[0]):
-        best = torch.topk(probs, min(count, probs.shape[0])).values
-        reached = torch.cumsum(best, dim=-1) >= target
-        if bool(reached.any()):
-            return best[int(torch.argmax(reached.int()))]
-    return best[-1]
+    return Draw(row, params.temperature, params.top_k, params.top_p, params.min_p, ask.seed, ask.index, ask.position)
 
 
 PLUGIN = Autoregressive
