@@ -6,7 +6,7 @@ Rows: batch 1 on both; 32 requests at once here against transformers one request
 and its padded batch of 32, all in float32; and ours with weights="blocks", whose activations are rounded to 8 bits.
 Tokens/s count output tokens over the whole time, prompts included. Medians and range. Prompts are pieces of a text with
 different lengths (half to one and a half times --input-len), fresh in every repeat.
-transformers reads the same GGUF file; it needs the extra "test".
+transformers reads the same GGUF file; it needs the extra "test", and accelerate for that.
 """
 
 from __future__ import annotations
