@@ -76,7 +76,8 @@ class Program:
         embed = native.Matrix() if tokens is None else _matrix(decoder._embed.packed)
         with self._lock:
             self._point(step)
-            self._turn(layout.max_seq)
+            # Positions are an input: they need not be those of the row's last tokens.
+            self._turn(int(layout.positions.max()) + 1 if x.shape[0] else 0)
             groups = (native.Group * len(self._groups))()
             for place, name in enumerate(self._groups):
                 held, pages = layout.groups[name], step.groups[name].pages
@@ -166,7 +167,12 @@ def _refuses(decoder: Decoder) -> Refusal | None:
         return Refusal(f"activations of {decoder.dtype}")
     if decoder.spec.embed_format not in _BITS or decoder.spec.head.format not in _BITS:
         return Refusal("the embedding or the head is dense")
+    kinds: dict[str, tuple[object, ...]] = {}
     for index, layer in enumerate(decoder.layers):
+        mixer = layer.spec.mixer
+        kind = (mixer.heads, mixer.scale, mixer.window, mixer.softcap)
+        if kinds.setdefault(mixer.group, kind) != kind:
+            return Refusal(f"layer {index} attends in another way than the rest of group {mixer.group!r}")
         if layer.mlp is None:
             return Refusal(f"layer {index} is a mixture of experts")
         for name, linear in layer.spec.linears():
