@@ -12,7 +12,7 @@ from millstream.core.errors import ConfigError
 from millstream.core.registry import Card
 from millstream.formats.weights.protocol import Packed
 from millstream.ops.cpu import linear as _native  # noqa: F401 - registers the native product
-from millstream.ops.ref.linear import linear
+from millstream.ops.ref.linear import embedding, linear
 from millstream.ops.table import Ask
 
 CARD = Card("dense", "Weights as they are: float32, bfloat16 or float16.")
@@ -48,7 +48,7 @@ class Dense:
         return packed["weight"]
 
     def rows(self, packed: Packed, which: torch.Tensor) -> torch.Tensor:
-        return packed["weight"][which]
+        return embedding(which, packed["weight"])
 
     def seen(self, x: torch.Tensor) -> torch.Tensor:
         return x
