@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import real
-from millstream.bench.knee import SHARE
 from millstream.cli.main import main
+from millstream.engine.knee import SHARE
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -1,6 +1,6 @@
 """`millstream bench`: throughput, latency, start-up, and the knee of step sizes.
 
-What each number means is written at the top of bench/metrics.py, bench/offline.py and bench/knee.py.
+What each number means is written at the top of bench/metrics.py, bench/offline.py and engine/knee.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from millstream.cli.options import MODEL_HELP, engine_arguments, open_llm
 from millstream.cli.output import emit, json_only, note, print_table, seconds_in_words
 
 if TYPE_CHECKING:
-    from millstream.bench.knee import Knee
+    from millstream.engine.knee import Knee
     from millstream.engine.llm import LLM
 
 KINDS = {
@@ -181,12 +181,13 @@ def _startup(args: argparse.Namespace) -> int:
 
 
 def _knee(args: argparse.Namespace, llm: LLM) -> int:
-    from millstream.bench.knee import SHARE, measure_knee
-    from millstream.engine.assemble import knee_file
+    from millstream.engine.knee import SHARE, Bench, knee_file, measure_knee
     from millstream.models.home import write_atomically
 
-    knee = measure_knee(llm.assembled, repeats=args.repeats or 5, seed=args.seed, say=note)
-    path = knee_file(llm.assembled.source, llm.assembled.resolved.config.model.weights)
+    made = llm.assembled
+    bench = Bench(made.built.runner, made.spec, made.resolved.max_context, made.engine.decode.name)
+    knee = measure_knee(bench, repeats=args.repeats or 5, seed=args.seed, say=note)
+    path = knee_file(made.source, made.resolved.config.model.weights)
     value = {**knee.as_json(), "model": llm.model, "formats": _formats(llm), **_machine()}
     write_atomically(path, json.dumps(value).encode())
     if any(point.high > NOISY * point.low for point in knee.curve):

@@ -61,24 +61,15 @@ def _loaded(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _from_headers(args: argparse.Namespace) -> dict[str, Any]:
-    from millstream.core import registry
-    from millstream.engine.assemble import COMPOSE, measured_knee
+    from millstream.engine.assemble import resolve_for
     from millstream.engine.check import check
-    from millstream.engine.resolve import Machine, kv_choice, resolve
     from millstream.models.opened import open_model
 
     config = engine_config(args)
     check(config)
     with download_progress(args.model) as progress:
         opened = open_model(args.model, progress, note)
-    compose = importlib.import_module(COMPOSE)
-    kv = registry.make("kv", kv_choice(config)[0])
-    machine = Machine(
-        "cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source, config.model.weights)
-    )
-    resolved = resolve(
-        config, opened.spec, machine, lambda group, size: int(kv.page_bytes(group, size, config.model.dtype))
-    )
+    resolved = resolve_for(opened, config)
     return {
         **_common(args.model, opened.source, opened.spec, resolved),
         "memory": _memory(opened.spec, resolved, opened.spec.weight_bytes(config.model.dtype)),

@@ -11,20 +11,22 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from millstream.config.load import home
 from millstream.config.schema import EngineConfig
 from millstream.core import registry
 from millstream.core.clock import Clock, WallClock
+from millstream.core.errors import BadRequest, RequestFault
 from millstream.core.events import Event
 from millstream.core.request import Limits, Request
 from millstream.decode.protocol import Observer
 from millstream.engine.check import check
 from millstream.engine.engine import Engine
+from millstream.engine.knee import Bench, first_knee, knee_file, known_knee
 from millstream.engine.resolve import Machine, Resolved, kv_choice, resolve, whole_blocks
 from millstream.memory.ledger import Ledger
+from millstream.models.home import write_atomically
 from millstream.models.spec import ModelSpec
 from millstream.sched.scheduler import Scheduler
 from millstream.text.tokenizer import Tokenizer
@@ -54,13 +56,16 @@ def assemble(
     listeners: Sequence[Callable[[Event], None]] = (),
     progress: Any = None,
     notice: Any = None,
+    tune: bool = False,
 ) -> Assembled:
     """Loads `model` (short name, org/name[:file] or path) and builds its engine.
 
+    `tune` measures what no start before has measured here: how many tokens a step should have.
+
     Raises UnknownModel, ModelError, ConfigError or DownloadError.
     """
-    config = config or EngineConfig()
-    check(config)
+    given = config or EngineConfig()
+    check(given)
     phases: dict[str, float] = {}
     start = time.perf_counter()
 
@@ -86,12 +91,7 @@ def assemble(
     spec = opened.spec
     compose = importlib.import_module(COMPOSE)
     lap("import torch")
-    dtype = config.model.dtype
-    kv = registry.make("kv", kv_choice(config)[0])
-    machine = Machine(
-        "cpu", compose.usable_cores(), compose.free_memory(), *measured_knee(opened.source, config.model.weights)
-    )
-    resolved = resolve(config, spec, machine, lambda group, size: int(kv.page_bytes(group, size, dtype)))
+    resolved = resolve_for(opened, given)
     config = resolved.config
     built = compose.build_runner(
         opened.source,
@@ -110,6 +110,9 @@ def assemble(
     )
     phases.update({f"load: {name}": seconds for name, seconds in built.phases.items()})
     start = time.perf_counter()
+    if tune and given.sched.step_tokens == given.sched.meters == "auto":
+        resolved = _tuned(opened, given, resolved, built.runner, notice)
+        lap("step size")
     aside.join()
     if isinstance(tokenizer[0], BaseException):
         raise tokenizer[0]
@@ -117,6 +120,42 @@ def assemble(
     engine = build_engine(built.runner, spec, tokenizer[0], config, resolved, clock, listeners, spec.name)
     lap("engine")
     return Assembled(engine, tokenizer[0], spec, resolved, built, opened.source, phases)
+
+
+def resolve_for(opened: Any, config: EngineConfig) -> Resolved:
+    """A config without "auto" for a model that is open, on this machine. Raises ConfigError."""
+    compose = importlib.import_module(COMPOSE)
+    kv, dtype = registry.make("kv", kv_choice(config)[0]), config.model.dtype
+    knee = known_knee(opened.source, config.model.weights)
+    machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *knee)
+    return resolve(config, opened.spec, machine, lambda group, size: int(kv.page_bytes(group, size, dtype)))
+
+
+def _tuned(opened: Any, config: EngineConfig, resolved: Resolved, runner: Any, notice: Any) -> Resolved:
+    """`resolved` with the measured step size: known from an earlier start, or measured now and kept for the next.
+
+    A start never fails for want of it.
+    """
+    if known_knee(opened.source, config.model.weights)[0] is not None:
+        return resolved
+    if notice is not None:
+        notice("measuring how many tokens a step should have; that is done once a model and takes a few seconds")
+    counters = replace(runner.counters)
+    try:
+        knee = first_knee(Bench(runner, opened.spec, resolved.max_context, config.decode.name))
+        content = json.dumps({**knee.as_json(), "model": opened.spec.name}).encode()
+        write_atomically(knee_file(opened.source, config.model.weights), content)
+    except (RequestFault, BadRequest, OSError) as error:
+        if notice is not None:
+            notice(f"the step size stays at its default: {error}")
+        return resolved
+    finally:
+        runner.counters = counters
+    # The pages exist by now, so only what steps are made of is taken over.
+    again = resolve_for(opened, config)
+    named = {decision.name: decision for decision in again.decisions}
+    decisions = tuple(named[old.name] if old.name.startswith("sched.") else old for old in resolved.decisions)
+    return replace(resolved, meters=again.meters, decisions=decisions)
 
 
 def build_engine(
@@ -162,17 +201,3 @@ def build_engine(
         listeners=listeners,
         seed=config.seed,
     )
-
-
-def measured_knee(source: Any, weights: str) -> tuple[int | None, str]:
-    """The step size that `millstream bench knee` measured for these weights, kept so, on this machine, and when."""
-    path = knee_file(source, weights)
-    try:
-        found = json.loads(path.read_text())
-        return int(found["step_tokens"]), f"measured on {found['date']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, ""
-
-
-def knee_file(source: Any, weights: str) -> Any:
-    return home() / "profiles" / f"knee-{source.checksum()[:16]}-{weights}.json"

@@ -66,7 +66,7 @@ class _Front:
         **options: Any,
     ) -> None:
         self.assembled: Assembled = assemble(
-            model, engine_config(config, **options), listeners=listeners, progress=progress, notice=notice
+            model, engine_config(config, **options), listeners=listeners, progress=progress, notice=notice, tune=True
         )
         self.model = model
         self.thread = EngineThread(self.assembled.engine)

@@ -124,7 +124,7 @@ def resolve(
         reason = (
             f"the knee of tokens against time, {machine.knee_source}"
             if machine.knee
-            else "a default: no knee was measured for this model here (millstream bench knee MODEL)"
+            else "a default, until the model's first start measures the knee here (or millstream bench knee MODEL)"
         )
         decide("sched.step_tokens", step_tokens, reason)
     for name, value in (("sched.max_rows", max_rows), ("sched.step_tokens", step_tokens)):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from millstream.config.load import data_dir
+from millstream.config.load import data_dir, home
 from millstream.core import registry
 from millstream.core.errors import ConfigError, UnknownName
 from millstream.reproduce import ledger
@@ -44,7 +44,12 @@ def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="a small version, under a minute; never makes a paper work"
     )
     parser.add_argument("--record", action="store_true", help="write the record into the source tree")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record to FILE, its plot beside it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the record to FILE, its plot beside it (default: $MILLSTREAM_HOME/records/NAME.json)",
+    )
     parser.add_argument("--json", action="store_true", help="print the record as one line of JSON and nothing else")
 
 
@@ -108,7 +113,7 @@ def reproduce_command(
     out: Path | None = None,
     data: Path | None = None,
 ) -> int:
-    """Runs an experiment and prints its record; writes it when asked to. Returns the exit status.
+    """Runs an experiment, prints its record and writes it, by default below `home()`. Returns the exit status.
 
     0 when the verdict is works or partly, 1 when it is failed or void, 2 when the paper has no experiment yet.
     `data` is the folder of public data sets, by default the configured one.
@@ -128,11 +133,8 @@ def reproduce_command(
     data = data_dir() if data is None else data
     with _progress(experiment.title) as progress:
         result = harness.run(experiment, quick=quick, data=data, progress=progress, root=ledger.SOURCE_ROOT)
-    notes: list[str] = []
-    if destination is not None:
-        ledger.write(result, destination)
-        notes.append(f"record: {destination}")
-        notes += _draw(result, destination, record)
+    ledger.write(result, destination)
+    notes = [f"record: {destination}", *_draw(result, destination, record)]
     if json:
         print(jsonlib.dumps(without_private(msgspec.to_builtins(result)), ensure_ascii=False, allow_nan=False))
     else:
@@ -213,12 +215,12 @@ def _not_built(paper: Paper, json: bool) -> int:
     return EXIT_NOT_BUILT
 
 
-def _destination(name: str, quick: bool, record: bool, out: Path | None) -> Path | None:
-    """Where the record goes; refused before the run rather than after it."""
+def _destination(name: str, quick: bool, record: bool, out: Path | None) -> Path:
+    """Where the record goes, refused before the run rather than after it: minutes of work are always kept."""
     if record and out is not None:
         raise ConfigError("--record and --out: choose one; --record writes into the source tree, --out to a file")
     if not record:
-        return out
+        return out or home() / "records" / f"{name}{'-quick' if quick else ''}.json"
     if not (ledger.SOURCE_ROOT.parent / "pyproject.toml").is_file():
         raise ConfigError("--record writes into a source tree, and this is an installed package; use --out FILE")
     if quick:
