@@ -46,7 +46,7 @@ for name in ("tiny-llama", "tiny-gemma"):
         row = paged.Row(decoder, 70, attention, kv)
         for start, stop in ((0, 1), (1, 40), (40, 41), (41, 70)):
             row.run(tokens, start, stop)
-    decoder.best(torch.randn(3, decoder.spec.width), torch.tensor([2, 0]))
+    decoder.best(torch.randn(3, decoder.spec.width), [2, 0])
 for table in cases.tables().values():
     native = table.op.implementations.get("cpu")
     for case in table.cases:

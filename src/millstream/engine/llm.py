@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import queue
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -288,17 +289,26 @@ class LLM(_Front):
                 raise BadRequest(f"prompts[{place}]: {error.param}", error.got, error.allowed) from None
             builders[request.id] = OutputBuilder(request.id, text, ids, own, count, self.tokenizer)
             requests.append(request)
-        chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        # Nobody reads along, so text is made once an output is whole: until then this thread leaves the cores alone.
+        chunks: dict[int, deque[Chunk]] = {request_id: deque() for request_id in builders}
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        def sink(chunk: Chunk) -> None:
+            chunks[chunk.request_id].append(chunk)
+            if chunk.finish is not None:
+                ended.put(chunk.request_id)
+
         unfinished = set(builders)
         try:
             for request in requests:
-                self.thread.submit(request, chunks.put)
+                self.thread.submit(request, sink)
             while unfinished:
-                chunk = chunks.get()
-                builder = builders[chunk.request_id]
-                builder.add(chunk)
-                if builder.output.finished:
-                    unfinished.discard(chunk.request_id)
+                request_id = ended.get()
+                builder = builders[request_id]
+                while chunks[request_id]:
+                    builder.add(chunks[request_id].popleft())
+                if builder.output.finished and request_id in unfinished:
+                    unfinished.discard(request_id)
                     if progress is not None:
                         progress(builder.output)
         finally:

@@ -11,7 +11,7 @@ Shapes: T tokens of a step, C width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -130,12 +130,12 @@ class Decoder:
         """The final norm, (rows, C) -> (rows, C)."""
         return self._final_norm(x)
 
-    def best(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest token (R,) of some `rows` (R,) of x, and its logit (R,), NaN where any logit is one."""
+    def best(self, x: torch.Tensor, rows: Sequence[int]) -> tuple[list[int], list[float]]:
+        """The likeliest token of each of some `rows` of x, and its logit, NaN where any logit is one."""
         if isinstance(self.program, Program):
             return self.program.best(x, rows)
-        most, tokens = self.head(x if rows.shape[0] == x.shape[0] else x[rows]).max(-1)
-        return tokens, most
+        most, tokens = self.head(x if len(rows) == x.shape[0] else x[list(rows)]).max(-1)
+        return tokens.tolist(), most.tolist()
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (rows, V) float32 of the rows asked, from the residual stream (rows, C): final norm included."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from millstream.models.decoder import Decoder, DecoderLayer
 
 _BITS = {"block4": 4, "block8": 8}
+_NOTHING = native.Matrix()
 # Angles are tabled for as many positions as were seen, in steps of this many.
 _POSITIONS = 1024
 
@@ -46,6 +48,10 @@ class Program:
         ]
         self._ropes = (native.Rope * max(1, len(self._rotaries)))()
         self._paged: tuple[object, ...] = ()
+        self._step, self._held = native.Step(), (native.Group * len(self._groups))()
+        self._head_args = native.Head(norm=_norm(decoder._final_norm), matrix=_matrix(decoder._head.packed))
+        self._embedding = _matrix(decoder._embed.packed)
+        self._written = {name: [layer.spec.mixer.group == name for layer in decoder.layers] for name in self._groups}
         self._scratch = native.Scratch()
         self._lock = threading.Lock()
 
@@ -72,57 +78,58 @@ class Program:
         return x
 
     def _run(self, x: torch.Tensor, tokens: torch.Tensor | None, lo: int, hi: int, step: StepContext) -> None:
-        decoder, layout = self._decoder, step.layout
-        embed = native.Matrix() if tokens is None else _matrix(decoder._embed.packed)
+        layout = step.layout
         with self._lock:
             self._point(step)
             # Positions are an input: they need not be those of the row's last tokens.
-            self._turn(int(layout.positions.max()) + 1 if x.shape[0] else 0)
-            groups = (native.Group * len(self._groups))()
-            for place, name in enumerate(self._groups):
+            known = layout.num_positions
+            self._turn(int(layout.positions.max()) + 1 if known is None and x.shape[0] else known or 0)
+            for group, name in zip(self._held, self._groups, strict=True):
                 held, pages = layout.groups[name], step.groups[name].pages
-                kind = native.PLAIN_PAGES.get(pages.dtype, native.BYTE_PAGES)
-                groups[place] = native.Group(
-                    held.block_tables.data_ptr(), held.slots.data_ptr(), held.block_tables.shape[1],
-                    pages.num_blocks, pages.block_size, kind,
-                )  # fmt: skip
-            args = native.Step(
-                ctypes.addressof(self._layers), ctypes.addressof(groups), ctypes.addressof(self._ropes),
-                embed, None if tokens is None else tokens.data_ptr(), layout.positions.data_ptr(),
-                layout.query_start.data_ptr(), layout.seq_lens.data_ptr(), x.data_ptr(), None,
-                lo, hi, len(self._groups), x.shape[0], layout.num_rows, x.shape[1],
-                0, torch.get_num_threads(), decoder._embed.scale,
-            )  # fmt: skip
+                group.block_tables, group.slots = held.block_tables.data_ptr(), held.slots.data_ptr()
+                group.table_stride = held.block_tables.shape[1]
+                group.num_blocks, group.block_size = pages.num_blocks, pages.block_size
+                group.kind = native.PLAIN_PAGES.get(pages.dtype, native.BYTE_PAGES)
+            args = self._step
+            args.layers, args.groups = ctypes.addressof(self._layers), ctypes.addressof(self._held)
+            args.ropes = ctypes.addressof(self._ropes)
+            args.embedding = _NOTHING if tokens is None else self._embedding
+            args.tokens = None if tokens is None else tokens.data_ptr()
+            args.embed_scale = self._decoder._embed.scale
+            args.positions, args.query_start = layout.positions.data_ptr(), layout.query_start.data_ptr()
+            args.seq_lens, args.x = layout.seq_lens.data_ptr(), x.data_ptr()
+            args.first_layer, args.last_layer, args.num_groups = lo, hi, len(self._groups)
+            args.num_tokens, args.width = x.shape
+            args.num_rows, args.num_threads = layout.num_rows, torch.get_num_threads()
             self._scratch.call("layers", args)
-        for name, group in step.groups.items():
-            group.pages.wrote(x.shape[0], sum(layer.spec.mixer.group == name for layer in decoder.layers[lo:hi]))
+        for name, group_step in step.groups.items():
+            group_step.pages.wrote(x.shape[0], sum(self._written[name][lo:hi]))
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """The residual stream of some rows (rows, C) -> logits (rows, V) float32."""
         logits = torch.empty((x.shape[0], self._decoder.spec.vocab_size), dtype=torch.float32)
-        self._head(x, None, logits.data_ptr(), None, None)
+        self._head(x, range(x.shape[0]), logits.data_ptr(), None, None)
         return logits
 
-    def best(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest token (R,) int64 of `rows` (R,) int64 of x, and its logit (R,) float32: no logits are kept."""
-        tokens, most = torch.empty(rows.shape[0], dtype=torch.int64), torch.empty(rows.shape[0])
-        self._head(x, rows, None, tokens.data_ptr(), most.data_ptr())
-        return tokens, most
+    def best(self, x: torch.Tensor, rows: Sequence[int]) -> tuple[list[int], list[float]]:
+        """The likeliest token of each of some `rows` of x, and its logit: no logits are kept."""
+        tokens, most = (ctypes.c_int64 * len(rows))(), (ctypes.c_float * len(rows))()
+        self._head(x, rows, None, ctypes.addressof(tokens), ctypes.addressof(most))
+        return list(tokens), list(most)
 
     def _head(
-        self, x: torch.Tensor, rows: torch.Tensor | None, logits: int | None, best: int | None, most: int | None
+        self, x: torch.Tensor, rows: Sequence[int], logits: int | None, best: int | None, most: int | None
     ) -> None:
-        decoder = self._decoder
-        spec = decoder.spec
+        spec = self._decoder.spec
         if x.stride(-1) != 1 or x.stride(0) != spec.width:
             x = x.contiguous()
-        if rows is None:
-            rows = torch.arange(x.shape[0])
-        args = native.Head(
-            _norm(decoder._final_norm), _matrix(decoder._head.packed), x.data_ptr(), rows.data_ptr(),
-            logits, best, most, None, rows.shape[0], spec.width, 0, torch.get_num_threads(), spec.logit_softcap or 0.0,
-        )  # fmt: skip
+        which = (ctypes.c_int64 * len(rows))(*rows)
         with self._lock:
+            args = self._head_args
+            args.x, args.rows, args.num_rows = x.data_ptr(), ctypes.addressof(which), len(rows)
+            args.logits, args.best, args.most = logits, best, most
+            args.width, args.num_threads = spec.width, torch.get_num_threads()
+            args.softcap = spec.logit_softcap or 0.0
             self._scratch.call("head", args)
 
     def _point(self, step: StepContext) -> None:

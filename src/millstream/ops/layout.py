@@ -29,7 +29,8 @@ class BatchLayout:
 
     `query_start` (S + 1,) int32; `positions` (T,) int64, those of the new tokens;
     `seq_lens` (S,) int32: tokens a row attends over, the new ones counted; `block_size` tokens a block.
-    The new tokens of a row are always the last ones of its `seq_lens`.
+    The new tokens of a row are always the last ones of its `seq_lens`. `num_positions`, where it is known, is more than
+    any of `positions`.
     """
 
     query_start: torch.Tensor
@@ -39,6 +40,7 @@ class BatchLayout:
     block_size: int
     max_query: int
     max_seq: int
+    num_positions: int | None = None
 
     @property
     def num_rows(self) -> int:

@@ -8,7 +8,7 @@ contiguous ones pay nothing for going through block tables and gain nothing from
 Lengths are halved so that a run fits in minutes on two cores, and so is the limit that is reserved (1,024 tokens).
 Conversations longer than half the limit are left out: with eighteen requests the longest alone would decide the
 seconds. The quick run divides by four and leaves short conversations out. The budget holds one sequence of the limit
-and a third: with few rows a step is bound by reading the weights, as it is on the paper's GPUs, and more rows cost little.
+and a third: with few rows a step is bound by reading the weights, as on the paper's GPUs, and more rows cost little.
 """
 
 from __future__ import annotations

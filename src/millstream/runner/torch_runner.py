@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from millstream.core import registry
@@ -139,7 +140,7 @@ class TorchRunner:
         layout = self._layouts.build(extends)
         assert all(holding.tier is Tier.DEVICE for extend in extends for holding in extend.holdings)
         step = step_context(layout, self.pages, self.backends)
-        x = self.decoder.forward(torch.tensor(tokens), step)
+        x = self.decoder.forward(torch.from_numpy(np.array(tokens, np.int64)), step)
         start = time.perf_counter()
         sampled, logprobs, faults = self._sample(x, rows)
         settled = []
@@ -204,8 +205,8 @@ class TorchRunner:
             wanted = ask is not None and self._method(row.extend.decode).only_best(ask)
             (plain if wanted else rest).append(row)
         if plain:
-            best, most = self.decoder.best(x, torch.tensor([row.first + len(row.tokens) - 1 for row in plain]))
-            for row, token, logit in zip(plain, best.tolist(), most.tolist(), strict=True):
+            best, most = self.decoder.best(x, [row.first + len(row.tokens) - 1 for row in plain])
+            for row, token, logit in zip(plain, best, most, strict=True):
                 if math.isfinite(logit):
                     tokens[row.extend.seq] = token
                 else:
