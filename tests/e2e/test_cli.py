@@ -317,6 +317,21 @@ def test_the_knee_is_measured_kept_and_used(model, told, capsys, tmp_path):
     assert f"smallest step with {SHARE:.0%} of the best" in capsys.readouterr().out
 
 
+def test_a_first_start_measures_the_step_and_the_next_does_not(model, home, capsys):
+    kept = home / "profiles"
+    for path in kept.glob("knee-*"):
+        path.unlink()
+    words = ["complete", model, "abc", "--max-tokens", "2", "--temperature", "0"]
+    assert main([*words, "--set", "sched.step_tokens=64"]) == 0
+    assert not list(kept.glob("knee-*"))
+    assert main(words) == 0
+    assert "how many tokens a step should have" in capsys.readouterr().err
+    (path,) = kept.glob("knee-*-dense.json")
+    assert json.loads(path.read_text())["step_tokens"] in (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
+    assert main(words) == 0
+    assert "how many tokens a step should have" not in capsys.readouterr().err
+
+
 def test_weights_in_blocks_are_a_flag_and_explain_says_what_they_came_to(model, told):
     words = ("--input-len", "8", "--output-len", "3", "--num-prompts", "2", "--repeats", "1", "--weights", "blocks")
     found = told("bench", "throughput", model, *words)

@@ -248,6 +248,17 @@ def test_reproduce_shows_what_a_person_wants_to_know(plugged: Path, capsys: pyte
     assert ledger.read(plugged / "mine.json").verdict == "works"
 
 
+def test_a_result_that_nobody_asked_to_write_is_kept_all_the_same(
+    plugged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MILLSTREAM_HOME", str(plugged / "home"))
+    assert commands.reproduce_command("pagedattention", json=True) == 0
+    assert commands.reproduce_command("pagedattention", quick=True, json=True) == 0
+    kept = plugged / "home" / "records"
+    assert str(kept / "pagedattention.json") in capsys.readouterr().err
+    assert not ledger.read(kept / "pagedattention.json").quick and ledger.read(kept / "pagedattention-quick.json").quick
+
+
 def test_a_quick_record_does_not_replace_a_full_one(plugged: Path) -> None:
     assert commands.reproduce_command("pagedattention", record=True, json=True) == 0
     with pytest.raises(ConfigError, match="would replace the full record"):
@@ -259,7 +270,7 @@ def test_a_quick_record_does_not_replace_a_full_one(plugged: Path) -> None:
 def test_a_failed_run_has_exit_status_one(plugged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.SimpleNamespace(PLUGIN=lambda: Synthetic(plugged / "src", times=lambda arm, repeat: 1.0))
     monkeypatch.setattr(registry, "module", lambda point, name: module)
-    assert commands.reproduce_command("pagedattention", json=True) == 1
+    assert commands.reproduce_command("pagedattention", json=True, out=plugged / "mine.json") == 1
 
 
 def test_built_experiments_are_sound() -> None:
