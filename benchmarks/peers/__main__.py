@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -82,6 +83,8 @@ def main() -> int:
         tuple(pool[: args.input_len]),
         say=note,
     )
+    # Ended from outside it still ends its workers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     load = machine.load()
     results = Results()
     with ExitStack() as stack:

