@@ -16,7 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ BLOCK = 64
 # What copies of one op's operands may take: more is memory that no step has at once.
 COPIES_BYTES = 256 << 20
 SAMPLE_S = 0.005
+CEILING_REPEATS = 3
 # Slower calls than this are asked fewer times: references of whole matrices.
 SLOW_S = 0.1
 BITS = {"block4": 4, "block8": 8}
@@ -131,8 +132,9 @@ def measure_ops(
     say: Say = lambda text: None,
     read_bytes: int = READ_BYTES,
 ) -> Measured:
-    """Ceilings first, then every op; `only` names some of them. `decoder` has its matrices in blocks.
+    """Every op, and the ceilings before, between and after them; `only` names some ops.
 
+    `decoder` has its matrices in blocks; what is dense in it is measured as float32 alone. Its threads are torch's.
     Raises BadRequest for no repeat and for an op that is not among those measured, KernelError without a compiler.
     """
     if repeats < 1:
@@ -143,25 +145,25 @@ def measure_ops(
         if name not in ops:
             raise BadRequest("op", name, "one of " + ", ".join(ops))
     resident = sum(decoder.format_bytes().values())
-    ceilings = measure_ceilings(torch.get_num_threads(), resident, repeats, read_bytes)
-    say(
-        f"ceilings: memory {ceilings.read_bytes_per_s / 1e9:.1f} GB/s, "
-        + ", ".join(f"{kind} {rate / 1e9:.0f} GOP/s" for kind, rate in ceilings.ops_per_s.items())
-    )
-    rows: list[Row] = []
+    most = ceilings = measure_ceilings(torch.get_num_threads(), resident, CEILING_REPEATS, read_bytes)
+    taken: list[tuple[Work, dict[str, list[float]]]] = []
     refused: dict[str, str] = {}
     for name, works in ops.items():
         if only and name not in only:
             continue
         for work in works():
-            rows += measure(work, ceilings, repeats)
+            # Its operands are let go; what it was stays.
+            taken.append((replace(work, arms={}), sample(work, repeats)))
             refused.update({f"{work.op}: {arm}": why for arm, why in work.refused.items()})
         say(f"measured {name}")
-    return Measured(ceilings, tuple(rows), refused)
+        # Clocks and neighbours change within minutes: what was possible once in the run is the ceiling.
+        ceilings = measure_ceilings(most.threads, resident, CEILING_REPEATS, read_bytes)
+        most = most.best(ceilings)
+    return Measured(most, tuple(row for work, found in taken for row in rows_of(work, found, most)), refused)
 
 
-def measure(work: Work, ceilings: Ceilings, repeats: int) -> list[Row]:
-    """One row an arm; samples of all arms in turn."""
+def sample(work: Work, repeats: int) -> dict[str, list[float]]:
+    """Seconds of a call by arm, one value a repeat; samples of all arms in turn."""
     calls, asked, taken = {}, {}, {name: list[float]() for name in work.arms}
     for name, arm in work.arms.items():
         arm(0)
@@ -177,28 +179,24 @@ def measure(work: Work, ceilings: Ceilings, repeats: int) -> list[Row]:
                 for number in range(calls[name]):
                     arm(number)
                 taken[name].append((time.perf_counter() - start) / calls[name])
+    return taken
+
+
+def rows_of(work: Work, taken: Mapping[str, Sequence[float]], ceilings: Ceilings) -> list[Row]:
+    """One row an arm."""
     limits = {"memory": work.num_bytes / ceilings.read_bytes_per_s}
     # A kind that the machine has no instruction for has no peak of its own.
     peak = ceilings.ops_per_s.get(work.kind)
     if peak and work.num_ops:
         limits[work.kind] = work.num_ops / peak
     bound = max(limits, key=limits.__getitem__)
-    return [
-        Row(
-            work.op,
-            work.shape,
-            name,
-            median,
-            min(samples),
-            max(samples),
-            work.num_bytes / median / 1e9,
-            work.num_ops / median / 1e9,
-            bound,
-            limits[bound] / median,
-        )
-        for name, samples in taken.items()
-        for median in [statistics.median(samples)]
-    ]
+    rows = []
+    for name, samples in taken.items():
+        median = statistics.median(samples)
+        rates = work.num_bytes / median / 1e9, work.num_ops / median / 1e9
+        spread = min(samples), max(samples)
+        rows.append(Row(work.op, work.shape, name, median, *spread, *rates, bound, limits[bound] / median))
+    return rows
 
 
 # -- what is measured
@@ -218,6 +216,10 @@ def _ops(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> dict[str,
         "rms_norm": lambda: _norms(decoder, shapes, source),
         "layers": lambda: _layers(decoder, shapes, source),
     }
+
+
+def _words(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _arms(
@@ -271,7 +273,7 @@ def _products(decoder: Decoder, shapes: Shapes, source: torch.Generator, in_bloc
             arms, refused = _arms(op, calls)
             yield Work(
                 op.name,
-                f"{name} {outputs} x {inputs}, {how}, {tokens} tokens",
+                f"{name} {outputs} x {inputs}, {how}, {_words(tokens, 'token')}",
                 arms,
                 size + 4 * tokens * (inputs + outputs),
                 2 * tokens * inputs * outputs,
@@ -363,7 +365,7 @@ def _attention(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Ite
             read = min(context, (mixer.window or context) + new - 1)
             yield Work(
                 "attention",
-                f"{kv} pages, {rows} rows of {new} over {context}" if new == 1 else f"{kv} pages, prefill of {new}",
+                f"{kv} pages, {_words(rows, 'row')} over {context}" if new == 1 else f"{kv} pages, prefill of {new}",
                 arms,
                 rows * read * token_bytes + 2 * 4 * q.numel(),
                 4 * mixer.heads * mixer.head_dim * rows * _seen(new, context, mixer.window),
@@ -396,7 +398,9 @@ def _writes(decoder: Decoder, shapes: Shapes, source: torch.Generator, kv: str) 
             calls = [(pages.k[layer], pages.v[layer], slots, k, v) for layer in range(layers)]
         op: Op[..., Any] = kv_write8 if kv == "int8" else kv_write
         arms, refused = _arms(op, calls)
-        yield Work(op.name, f"{tokens} tokens", arms, tokens * (token_bytes + 8 * k[0].numel()), 0, refused=refused)
+        yield Work(
+            op.name, f"{_words(tokens, 'token')}", arms, tokens * (token_bytes + 8 * k[0].numel()), 0, refused=refused
+        )
 
 
 def _draws(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterator[Work]:
@@ -407,7 +411,7 @@ def _draws(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterato
             given: dict[str, Any] = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **cut}
             draws = [Draw(row, seed=row, index=0, position=7, **given) for row in range(rows)]
             arms, refused = _arms(sample_tokens, [(logits, draws)])
-            words = f"{rows} rows of {vocabulary}" + (", top_p 0.9" if cut else "")
+            words = f"{_words(rows, 'row')} of {vocabulary}" + (", top_p 0.9" if cut else "")
             yield Work("sample_tokens", words, arms, 4 * rows * vocabulary, 0, refused=refused)
 
 
@@ -417,7 +421,9 @@ def _norms(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterato
     for tokens in shapes.tokens:
         x = torch.randn(tokens, width, generator=source)
         arms, refused = _arms(rms_norm, [(x, weight, 1e-5)])
-        yield Work("rms_norm", f"{tokens} tokens of {width}", arms, 8 * x.numel() + 4 * width, 0, refused=refused)
+        yield Work(
+            "rms_norm", f"{_words(tokens, 'token')} of {width}", arms, 8 * x.numel() + 4 * width, 0, refused=refused
+        )
 
 
 def _layers(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterator[Work]:
@@ -449,7 +455,7 @@ def _layers(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterat
             attended += 4 * mixer.heads * mixer.head_dim * rows * _seen(new, length, mixer.window)
         yield Work(
             "layers",
-            f"all {spec.num_layers}, " + (f"{rows} rows over {length}" if new == 1 else f"prefill of {new}"),
+            f"all {spec.num_layers}, " + (f"{_words(rows, 'row')} over {length}" if new == 1 else f"prefill of {new}"),
             arms,
             weights + seen,
             rows * new * products + attended,

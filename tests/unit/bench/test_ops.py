@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny_model
-from millstream.bench.ops import Shapes, Work, measure, measure_ops
+from millstream.bench.ops import Shapes, Work, measure_ops, rows_of, sample
 from millstream.core.errors import BadRequest
 from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import Decoder, build
@@ -88,7 +88,7 @@ def test_work_is_counted_once(decoder):
     assert row.gb_per_s * row.seconds * 1e9 == pytest.approx(stream + 4 * 3 * (48 + 96))
     row = rows["attention", "plain pages, prefill of 20", "torch-ref"]
     assert row.gop_per_s * row.seconds * 1e9 == pytest.approx(4 * 6 * 16 * (20 * 21 // 2))
-    row = rows["attention", "plain pages, 3 rows of 1 over 70", "cpu-paged"]
+    row = rows["attention", "plain pages, 3 rows over 70", "cpu-paged"]
     assert row.gb_per_s * row.seconds * 1e9 == pytest.approx(3 * 70 * 2 * 2 * 16 * 4 + 2 * 4 * 3 * 6 * 16)
 
 
@@ -103,8 +103,24 @@ def test_work_is_counted_once(decoder):
     ],
 )
 def test_the_longer_of_two_limits_is_the_bound(kind, num_bytes, num_ops, bound):
-    row = measure(Work("x", "", {"cpu": lambda number: None}, num_bytes, num_ops, kind), CEILINGS, 1)[0]
-    assert row.bound == bound
+    row = rows_of(Work("x", "", {}, num_bytes, num_ops, kind), {"cpu": [3e-5, 1e-5, 2e-5]}, CEILINGS)[0]
+    assert row.bound == bound and (row.low, row.seconds, row.high) == (1e-5, 2e-5, 3e-5)
+    assert row.share == pytest.approx(max(num_bytes / 10e9, num_ops / CEILINGS.ops_per_s.get(kind, 1e99)) / 2e-5)
+
+
+def test_samples_of_all_arms_are_taken_in_turn_over_call_after_call():
+    called = []
+    arms = {name: lambda number, name=name: called.append((name, number)) for name in "ab"}
+    found = sample(Work("x", "", arms, 1, 1), 3)
+    assert {name: len(values) for name, values in found.items()} == {"a": 3, "b": 3}
+    assert [number for name, number in called if name == "a"][:4] == [0, 1, 0, 1]
+    names = [name for name, _ in called]
+    assert names.index("b") < len(names) - 1 - names[::-1].index("a")
+
+
+def test_the_best_of_two_ceilings_is_kept():
+    other = Ceilings(2, 5e9, 100, 30e9, {"int8": 1100e9, "float32": 90e9})
+    assert CEILINGS.best(other) == Ceilings(2, 10e9, 100, 30e9, {"int8": 1100e9, "float32": 100e9})
 
 
 def test_json_says_what_was_measured(found):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,15 @@ class Ceilings:
     resident_bytes: int
     resident_bytes_per_s: float
     ops_per_s: dict[str, float]
+
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each, of two measurements of the same."""
+        return replace(
+            self,
+            read_bytes_per_s=max(self.read_bytes_per_s, other.read_bytes_per_s),
+            resident_bytes_per_s=max(self.resident_bytes_per_s, other.resident_bytes_per_s),
+            ops_per_s={kind: max(rate, other.ops_per_s.get(kind, 0.0)) for kind, rate in self.ops_per_s.items()},
+        )
 
 
 def measure_ceilings(threads: int, resident_bytes: int, repeats: int = 5, read_bytes: int = READ_BYTES) -> Ceilings:
@@ -78,9 +87,9 @@ def _best(run: Callable[[], object], repeats: int) -> float:
     run()
     found = []
     for _ in range(repeats):
-        calls, start = 0, time.perf_counter()
-        while (seconds := time.perf_counter() - start) < SAMPLE_S or not calls:
+        calls, seconds, start = 0, 0.0, time.perf_counter()
+        while seconds < SAMPLE_S:
             run()
-            calls += 1
-        found.append((time.perf_counter() - start) / calls if calls == 1 else seconds / calls)
+            calls, seconds = calls + 1, time.perf_counter() - start
+        found.append(seconds / calls)
     return min(found)
