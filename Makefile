@@ -5,6 +5,8 @@
 #   make test-long     the tests that take longer
 #   make test-asan     the native kernels under AddressSanitizer
 #   make test-large    the tests that need the 1.1 GB model, which is downloaded
+#   make peers         other CPU engines, each in a place of its own under .venv-peers: OpenVINO GenAI, vLLM, llama.cpp
+#   make bench-peers   Millstream beside them, as one table; PEERS_ARGS passes options
 #
 # PIP_ARGS passes options to pip (an index, a proxy), for example to take the CPU build of torch from an index of your
 # choice; else pip's own configuration holds. PYTHON picks the interpreter, 3.11 or newer.
@@ -12,13 +14,14 @@
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+PEERS_ARGS ?=
 export PIP_ARGS
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 GOOD_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-long test-asan test-large lint format clean clean-all
+.PHONY: help setup demo test test-long test-asan test-large peers bench-peers lint format clean clean-all
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -93,9 +96,16 @@ test-large: .venv/test-model
 	@$(BIN)/millstream pull qwen2.5-coder-1.5b
 	$(BIN)/python -m pytest -m large $(PYTEST_ARGS)
 
+# An engine that cannot be had is said and left out of the table.
+peers: .venv/test
+	@PYTHONPATH=benchmarks $(BIN)/python -m peers.install || true
+
+bench-peers: peers
+	@PYTHONPATH=benchmarks $(BIN)/python -m peers $(PEERS_ARGS)
+
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean
-	rm -rf .venv
+	rm -rf .venv .venv-peers

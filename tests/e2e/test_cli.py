@@ -203,6 +203,7 @@ def test_chat_messages_go_through_the_template(model, told):
         (["explain", "smolm2-135m"], "UnknownModel", "the nearest is 'smollm2-135m'"),
         (["bench", "throughput", "{m}", "--output-len", "0"], "BadRequest", "output_len: got 0"),
         (["bench", "latency", "{m}", "--plot", "x.png"], "ConfigError", "bench knee"),
+        (["bench", "knee", "{m}", "--op", "linear"], "ConfigError", "bench ops"),
         (["demo", "{m}", "--num-prompts", "0"], "BadRequest", "--num-prompts"),
         (["show", "./nowhere.gguf"], "UnknownModel", "No file or folder"),
         (["rm", "smollm2-135m"], "ConfigError", "add --yes"),
@@ -330,6 +331,22 @@ def test_a_first_start_measures_the_step_and_the_next_does_not(model, home, caps
     assert json.loads(path.read_text())["step_tokens"] in (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
     assert main(words) == 0
     assert "how many tokens a step should have" not in capsys.readouterr().err
+
+
+def test_bench_ops_holds_every_native_op_against_the_machine(model, told, capsys):
+    from millstream.ops.cpu import program
+
+    if program.refusal() is not None:
+        pytest.skip("no native kernels here")
+    found = told("bench", "ops", model, "--repeats", "1", "--op", "linear_blocks", "--op", "sample_tokens")
+    assert found["bench"] == "ops" and {"ceilings", "rows", "refused", "commit", "cpu", "machine"} <= set(found)
+    assert {row["op"] for row in found["rows"]} == {"linear_blocks", "sample_tokens"}
+    assert {row["implementation"] for row in found["rows"]} == {"cpu", "ref"}
+    for row in found["rows"]:
+        assert row["share"] > 0 and 0 < row["low"] <= row["seconds"] <= row["high"]
+    assert main(["bench", "ops", model, "--repeats", "1", "--op", "kv_write8"]) == 0
+    out = capsys.readouterr().out
+    assert "at most, on" in out and "kv_write8" in out and "of memory" in out
 
 
 def test_weights_in_blocks_are_a_flag_and_explain_says_what_they_came_to(model, told):

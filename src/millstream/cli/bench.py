@@ -1,6 +1,6 @@
-"""`millstream bench`: throughput, latency, start-up, and the knee of step sizes.
+"""`millstream bench`: throughput, latency, start-up, the knee of step sizes, and the ops of a model one by one.
 
-What each number means is written at the top of bench/metrics.py, bench/offline.py and engine/knee.py.
+What each number means is written at the top of bench/metrics.py, bench/offline.py, engine/knee.py and bench/ops.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from millstream.cli.options import MODEL_HELP, engine_arguments, open_llm
+from millstream.cli.options import MODEL_HELP, engine_arguments, engine_config, open_llm
 from millstream.cli.output import emit, json_only, note, print_table, seconds_in_words
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ KINDS = {
     "latency": "batch requests that arrive together, repeated",
     "startup": "fresh processes, from their start to the first token: cold and warm",
     "knee": "seconds against tokens a step; sets the automatic sched.step_tokens",
+    "ops": "each native op on the model's shapes, beside its reference and what the machine can do at most",
 }
 
 # Repeats that lie further apart than this (slowest over quickest) do not place a knee well.
@@ -46,6 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the prompts (default 0)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="prompts are pieces of this text, not random tokens")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the knee's curve (needs the extra 'bench')")
+    parser.add_argument("--op", action="append", default=[], metavar="NAME", help="of ops: only this one; repeatable")
     parser.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
     engine_arguments(parser)
 
@@ -57,9 +59,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--plot draws the curve of `bench knee`")
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'millstream[bench]'")
+    if args.op and args.kind != "ops":
+        raise ConfigError("--op picks among those of `bench ops`")
     with json_only(args.json):
         if args.kind == "startup":
             return _startup(args)
+        if args.kind == "ops":
+            return _ops(args)
         started = time.perf_counter()
         with open_llm(args) as llm:
             startup_s = time.perf_counter() - started
@@ -216,6 +222,54 @@ def _knee(args: argparse.Namespace, llm: LLM) -> int:
         f"\nThe knee is {knee.step_tokens} tokens: the smallest step with {SHARE:.0%} of the best tokens a second. "
         'sched.step_tokens "auto" takes it from here on.'
     )
+    return 0
+
+
+def _ops(args: argparse.Namespace) -> int:
+    import torch
+
+    from millstream.bench.ops import measure_ops
+    from millstream.cli.output import download_progress
+    from millstream.config.load import home
+    from millstream.models.load import load_model
+    from millstream.models.opened import open_model
+    from millstream.ops.cpu import build
+    from millstream.runner.compose import usable_cores
+
+    threads = engine_config(args).runner.threads
+    with download_progress(args.model) as progress:
+        opened = open_model(args.model, progress, note)
+    build.configure(directory=home() / "kernels", notice=note)
+    torch.set_num_threads(usable_cores() if threads == "auto" else threads)
+    loaded = load_model(opened.source, weights="blocks")
+    found = measure_ops(loaded.decoder, repeats=args.repeats or 5, only=args.op, seed=args.seed, say=note)
+    if args.json:
+        emit({"bench": "ops", "model": args.model, "seed": args.seed, **found.as_json(), **_machine()})
+        return 0
+    most = found.ceilings
+    print(
+        f"at most, on {most.threads} threads: memory {most.read_bytes_per_s / 1e9:.1f} GB/s, "
+        f"{most.resident_bytes_per_s / 1e9:.1f} of the model's {most.resident_bytes / 1e6:.0f} MB again and again; "
+        + ", ".join(f"{kind} {rate / 1e9:.0f} GOP/s" for kind, rate in most.ops_per_s.items())
+        + "\n"
+    )
+    rows = [
+        (
+            row.op,
+            row.shape,
+            row.implementation,
+            f"{row.seconds * 1e6:.1f}",
+            f"{row.low * 1e6:.1f} to {row.high * 1e6:.1f}",
+            f"{row.gb_per_s:.1f}",
+            f"{row.gop_per_s:.1f}" if row.gop_per_s else "-",
+            f"{row.share:.0%} of {row.bound}",
+        )
+        for row in found.rows
+    ]
+    titles = ("op", "shape", "by", "us", "lowest to highest", "GB/s", "GOP/s", "of the bound")
+    print_table(titles, rows, right=(3, 4, 5, 6))
+    for name, why in found.refused.items():
+        print(f"{name}: {why}")
     return 0
 
 

@@ -98,6 +98,11 @@ class Decoder:
         self._embed, self._final_norm, self._head = embed, final_norm, head
         self.program = Program.of(self)
 
+    @property
+    def lm_head(self) -> Linear:
+        """The matrix of the head; where it is tied, that of the embedding."""
+        return self._head
+
     def format_bytes(self) -> dict[str, int]:
         """Bytes of the matrices in each weight format; a tied head counts once."""
         found: dict[str, int] = {}
