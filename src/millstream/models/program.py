@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from millstream.formats.weights.protocol import Packed
 from millstream.models.blocks.attention import StepContext
+from millstream.models.blocks.embedding import Embedding
+from millstream.models.blocks.linear import Linear, weight_format
 from millstream.models.blocks.norm import Norm
 from millstream.models.blocks.rope import Rotary
 from millstream.ops import table
@@ -26,7 +27,6 @@ from millstream.ops.table import Refusal
 if TYPE_CHECKING:
     from millstream.models.decoder import Decoder, DecoderLayer
 
-_BITS = {"block4": 4, "block8": 8}
 # Angles are tabled for as many positions as were seen, in steps of this many.
 _POSITIONS = 1024
 
@@ -73,7 +73,7 @@ class Program:
 
     def _run(self, x: torch.Tensor, tokens: torch.Tensor | None, lo: int, hi: int, step: StepContext) -> None:
         decoder, layout = self._decoder, step.layout
-        embed = native.Matrix() if tokens is None else _matrix(decoder._embed.packed)
+        embed = native.Matrix() if tokens is None else _matrix(decoder._embed)
         with self._lock:
             self._point(step)
             # Positions are an input: they need not be those of the row's last tokens.
@@ -119,7 +119,7 @@ class Program:
         if rows is None:
             rows = torch.arange(x.shape[0])
         args = native.Head(
-            _norm(decoder._final_norm), _matrix(decoder._head.packed), x.data_ptr(), rows.data_ptr(),
+            _norm(decoder._final_norm), _matrix(decoder._head), x.data_ptr(), rows.data_ptr(),
             logits, best, most, None, rows.shape[0], spec.width, 0, torch.get_num_threads(), spec.logit_softcap or 0.0,
         )  # fmt: skip
         with self._lock:
@@ -151,10 +151,10 @@ class Program:
                 self._rotaries.append(mixer.rotary)
             rope = self._rotaries.index(mixer.rotary)
         inner = mlp.spec.inner
-        gate, up = _halves(mlp.gate_up.packed, inner)
         return native.Layer(
             *(_norm(norm) for norm in layer.norms()), _norm(mixer.q_norm), _norm(mixer.k_norm),
-            _matrix(mixer.qkv.packed), _matrix(mixer.out.packed), gate, up, _matrix(mlp.down.packed),
+            _matrix(mixer.qkv), _matrix(mixer.out),
+            _matrix(mlp.gate_up, 0, inner), _matrix(mlp.gate_up, inner), _matrix(mlp.down),
             None, None, self._groups.index(spec.group), rope, native.ACTIVATIONS[mlp.spec.activation],
             spec.heads, spec.kv_heads, spec.head_dim, inner, spec.window or 0, spec.scale, spec.softcap or 0.0,
         )  # fmt: skip
@@ -165,8 +165,9 @@ def _refuses(decoder: Decoder) -> Refusal | None:
         return Refusal("the reference was asked for")
     if decoder.dtype != torch.float32:
         return Refusal(f"activations of {decoder.dtype}")
-    if decoder.spec.embed_format not in _BITS or decoder.spec.head.format not in _BITS:
-        return Refusal("the embedding or the head is dense")
+    for name, kind in (("embedding", decoder.spec.embed_format), ("head", decoder.spec.head.format)):
+        if not _known(kind):
+            return Refusal(f"the {name} is {kind}")
     kinds: dict[str, tuple[object, ...]] = {}
     for index, layer in enumerate(decoder.layers):
         mixer = layer.spec.mixer
@@ -176,7 +177,7 @@ def _refuses(decoder: Decoder) -> Refusal | None:
         if layer.mlp is None:
             return Refusal(f"layer {index} is a mixture of experts")
         for name, linear in layer.spec.linears():
-            if linear.format not in _BITS:
+            if not _known(linear.format):
                 return Refusal(f"{name} of layer {index} is {linear.format}")
         if layer.mlp.spec.inner % 32:
             return Refusal(f"an inner width of {layer.mlp.spec.inner}, the program needs a multiple of 32")
@@ -185,19 +186,14 @@ def _refuses(decoder: Decoder) -> Refusal | None:
     return native.refusal()
 
 
-def _matrix(packed: Packed) -> native.Matrix:
-    outputs, inputs = packed.shape
-    return native.matrix(packed["stream"], outputs, inputs, _BITS[packed.format], packed.parts.get("bias"))
+def _known(weights: str) -> bool:
+    return hasattr(weight_format(weights), "native")
 
 
-def _halves(packed: Packed, inner: int) -> tuple[native.Matrix, native.Matrix]:
-    """Gate and up, which lie one after the other in one stream."""
-    stream, bias = packed["stream"], packed.parts.get("bias")
-    inputs, bits, half = packed.shape[1], _BITS[packed.format], stream.shape[0] // 2
-    parts = [(stream[:half], None if bias is None else bias[:inner])]
-    parts.append((stream[half:], None if bias is None else bias[inner:]))
-    gate, up = (native.matrix(part, inner, inputs, bits, of) for part, of in parts)
-    return gate, up
+def _matrix(of: Linear | Embedding, first: int = 0, last: int | None = None) -> native.Matrix:
+    """Some outputs of a matrix: gate and up lie one after the other in one stream."""
+    found: native.Matrix = of.format.native(of.packed, first, last)  # type: ignore[attr-defined]
+    return found
 
 
 def _norm(norm: Norm | None) -> native.Norm:
