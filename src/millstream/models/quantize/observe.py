@@ -24,7 +24,8 @@ ROWS = 256
 
 @dataclass(slots=True)
 class Seen:
-    """The inputs of one matrix: gram (I, I) is X^T X over all tokens, `most` (I,) the largest of each, `rows` a few."""
+    """The inputs of one matrix: gram (I, I) is X^T X over all tokens, each first scaled to a mean square of one; `most`
+    (I,) the largest of each input, `rows` a few tokens as they are."""
 
     gram: torch.Tensor
     most: torch.Tensor
@@ -113,11 +114,14 @@ def _watch(linear: Linear, seen: dict[str, Seen], name: str, each: int) -> None:
 
     def watched(x: torch.Tensor, packed: object) -> torch.Tensor:
         most, rows = x.abs().amax(0), x[:: max(1, x.shape[0] // each)][:each].clone()
+        # Every token counts alike. A few have inputs a thousand times those of the rest, and what is wrong in them is
+        # divided by as much in the next norm.
+        even = x * x.square().mean(-1, keepdim=True).add(1e-12).rsqrt()
         if name not in seen:
-            seen[name] = Seen(x.T @ x, most, rows)
+            seen[name] = Seen(even.T @ even, most, rows)
         else:
             held = seen[name]
-            held.gram.addmm_(x.T, x)
+            held.gram.addmm_(even.T, even)
             torch.maximum(held.most, most, out=held.most)
             if held.rows.shape[0] < ROWS:
                 held.rows = torch.cat((held.rows, rows))
