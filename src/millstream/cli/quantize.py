@@ -26,7 +26,9 @@ _PIECES = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL_HELP)
-    parser.add_argument("--format", default="w4a8", help="of the layers' matrices: w4a8 (default), w8a8, block4, block8")
+    parser.add_argument(
+        "--format", default="w4a8", help="of the layers' matrices: w4a8 (default), w8a8, block4, block8"
+    )
     parser.add_argument("--head", default="block8", help="of embedding and head (default block8); dense keeps floats")
     parser.add_argument(
         "--group", metavar="N", help="inputs that share a step: 128, 64 or 32 that divide all of them; 0 is per channel"
@@ -113,7 +115,9 @@ def _tell(model: str) -> Any:
     def tell(stage: str, done: int, total: int) -> None:
         now = time.monotonic()
         if sys.stderr.isatty():
-            print(f"\r{model}: {stage} {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{model}: {stage} {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True
+            )
         elif done == total or now - last[0] >= 5.0:
             note(f"{model}: {stage} {done} of {total}")
             last[0] = now

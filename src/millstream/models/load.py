@@ -81,9 +81,7 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True,
         spelled = _spelled(source, family, spec, _parts(spec))
         _check_shapes(source, spec, spelled)
         spec = blocks_spec(spec, source, spelled)
-        ready = keep(
-            source, "blocks", lambda: blocks_tensors(spec, source, spelled), cached
-        )
+        ready = keep(source, "blocks", lambda: blocks_tensors(spec, source, spelled), cached)
         lap("weights")
     else:
         tensors = load_tensors(source, getattr(torch, dtype), cached)

@@ -74,7 +74,9 @@ class Blocks:
             or stream.dtype != torch.uint8
             or tuple(stream.shape) != stream_shape(shape[0], shape[1], self.bits)
         ):
-            raise BadFile(name, f"a stream of {list(stream.shape)} {stream.dtype} is not a {self.name} matrix of {shape}")
+            raise BadFile(
+                name, f"a stream of {list(stream.shape)} {stream.dtype} is not a {self.name} matrix of {shape}"
+            )
         return self.packed(stream, (shape[0], shape[1]), tensors[f"{name}.bias"] if bias else None)
 
     def shard(self, packed: Packed, side: str, rank: int, num_ranks: int) -> Packed:

@@ -69,7 +69,9 @@ class Channel:
         stream, shape = tensors[f"{name}.stream"], tensors[f"{name}.shape"].tolist()
         parts = {"stream": stream, "bias": tensors[f"{name}.bias"]} if bias else {"stream": stream}
         if len(shape) != 2 or min(shape) < 1 or not fits(stream, shape[0], shape[1], self.bits):
-            raise BadFile(name, f"a stream of {list(stream.shape)} {stream.dtype} is not a {self.name} matrix of {shape}")
+            raise BadFile(
+                name, f"a stream of {list(stream.shape)} {stream.dtype} is not a {self.name} matrix of {shape}"
+            )
         if bias and parts["bias"].shape != (shape[0],):
             raise BadFile(name, f"a bias of {list(parts['bias'].shape)} for {shape[0]} outputs")
         return Packed(self.name, (shape[0], shape[1]), parts)
@@ -124,6 +126,4 @@ class Channel:
         stream, bias = packed["stream"][first // PAIR :], packed.parts.get("bias")
         groups = groups_of(stream, packed.shape[1], self.bits) or 0
         part = None if bias is None else bias[first:]
-        return program.matrix(
-            stream, last - first, packed.shape[1], self.bits, part, program.CHANNEL, groups
-        )
+        return program.matrix(stream, last - first, packed.shape[1], self.bits, part, program.CHANNEL, groups)

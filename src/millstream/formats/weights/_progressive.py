@@ -104,7 +104,7 @@ def clipped(weight: torch.Tensor, groups: int, gram: torch.Tensor) -> Grid:
 
 
 def rounded_in_turn(weight: torch.Tensor, grid: Grid, groups: int, gram: torch.Tensor) -> torch.Tensor:
-    """Codes (O, I) of GPTQ (Frantar et al., 2022): what rounding one input's weights costs, the later ones make good."""
+    """Codes (O, I) by GPTQ (Frantar et al., 2022): what rounding one input costs, the later ones make good."""
     inputs = weight.shape[1]
     each = inputs // max(1, groups)
     damped = gram.double().clone()

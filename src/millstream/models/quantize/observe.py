@@ -47,9 +47,12 @@ class LayerSeen:
     keys: torch.Tensor | None = None
 
 
-def contexts(decoder: Decoder, length: int) -> StepContext:
-    """A step of one row of `length` tokens from the first position on, over pages of its own. It can be used again."""
-    spec, formats = decoder.spec, registry.make("kv", "plain", device=True)
+def contexts(decoder: Decoder, length: int, kv: str = "plain") -> StepContext:
+    """A step of one row of `length` tokens from the first position on, over pages of its own. It can be used again.
+
+    `kv` names the format of the pages.
+    """
+    spec, formats = decoder.spec, registry.make("kv", kv, device=True)
     num_blocks = -(-length // BLOCK)
     pages, backends = {}, {}
     for group in spec.groups:
@@ -58,7 +61,7 @@ def contexts(decoder: Decoder, length: int) -> StepContext:
         ask = AttentionAsk(
             device="cpu",
             dtype="float32",
-            page_dtype="float32",
+            page_dtype=str(held.dtype).removeprefix("torch."),
             page_layout=held.layout,
             query_heads=mixer.heads,
             kv_heads=mixer.kv_heads,

@@ -40,9 +40,7 @@ def check_target(folder: Path) -> None:
         raise ConfigError(f"{folder} cannot be made: {above} is not a folder")
 
 
-def save(
-    opened: Opened, spec: ModelSpec, tensors: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path
-) -> int:
+def save(opened: Opened, spec: ModelSpec, tensors: Mapping[str, torch.Tensor], recipe: Recipe, folder: Path) -> int:
     """Writes what `quantize` made of a model; the folder appears whole or not at all. Returns its bytes.
 
     Raises ConfigError where it exists already, OSError where it cannot be written.

@@ -16,7 +16,7 @@ namespace int8 {
 constexpr int PAIR = WIDE * PANEL;
 constexpr int64_t CHANNEL_SLAB = 8;                    // runs that are multiplied at a time, expanded first if need be
 constexpr int64_t STEP_BYTES = WIDE * 64;              // codes of 8 bits for 4 inputs
-constexpr int64_t SCALE_BYTES = 4 * PAIR, ZERO_BYTES = 2 * PAIR, HEADER_BYTES = 2 * PAIR;
+constexpr int64_t SCALE_BYTES = 4 * PAIR, ZERO_BYTES = PAIR, HEADER_BYTES = 2 * PAIR;
 
 typedef uint16_t Shorts __attribute__((vector_size(64)));
 typedef uint8_t Bytes __attribute__((vector_size(64)));

@@ -12,10 +12,11 @@ Three ways to store u (QServe, Lin et al., 2024, sections 4.1 and 5.2):
                       range of the first level is for.
     4 bits, channel   u = code, zero from 0 to 15: the zero point meets the sum of the row behind the product
 
-Shapes: O outputs, I inputs, G groups, T tokens. A matrix is one stream of bytes in the order in which `ops/cpu/channel.h`
-reads it, (pairs of 16 outputs, bytes of a pair): for each group its steps and offsets, then run after run of 32 inputs
-the codes; behind the last run scales in float32 (half precision has few digits left below 6e-5) and, for 4 bits by
-channel, zeros. Padded to 32 outputs and inputs. How many groups there are follows from the bytes of a pair.
+Shapes: O outputs, I inputs, G groups, T tokens. A matrix is one stream of bytes in the order in which
+`ops/cpu/channel.h` reads it, (pairs of 16 outputs, bytes of a pair): for each group its steps and offsets, then run
+after run of 32 inputs the codes; behind the last run scales in float32 (half precision has few digits left below 6e-5)
+and, for 4 bits by channel, zeros. Padded to 32 outputs and inputs. How many groups there are follows from the bytes of
+a pair.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from millstream.ops.table import op
 
 RUN, PANEL, WIDE = 32, 16, 2
 PAIR = PANEL * WIDE
-# A pair's steps and offsets for one group; its scales; its zeros, with as many bytes that fill a line.
-HEADER, SCALES, ZEROS = 2 * PAIR, 4 * PAIR, 2 * PAIR
+# A pair's steps and offsets for one group; its scales; its zeros, half as many bytes, so that they look like no group.
+HEADER, SCALES, ZEROS = 2 * PAIR, 4 * PAIR, PAIR
 # Sums of products of bytes stay within 32 bits up to here.
 MAX_INPUTS = 1 << 16
 
@@ -94,7 +95,7 @@ def pack_stream(
     if bits == 4 and second is None:
         if zero is None:
             raise ValueError("4 bits by channel need a zero")
-        parts.append(F.pad(F.pad(zero.to(torch.uint8), (0, missing)).view(pairs, PAIR), (0, PAIR)))
+        parts.append(F.pad(zero.to(torch.uint8), (0, missing)).view(pairs, PAIR))
     return torch.cat(parts, -1).contiguous()
 
 
