@@ -17,6 +17,8 @@ from millstream.models.dequant import coded, dequantize
 from millstream.models.gguf import BLOCKS
 from millstream.models.load import load_model
 from millstream.models.program import Program
+from millstream.models.quantize.recipe import Recipe
+from millstream.models.quantize.run import quantize
 from millstream.models.source import open_source
 from millstream.ops import table
 from millstream.ops.cpu import program as native
@@ -55,7 +57,7 @@ def tensors(request, tmp_path_factory):
 
 def built(tensors, form: str = "block8") -> Decoder:
     spec, ready = tensors
-    return build(*to_blocks(spec, ready, form))
+    return build(*quantize(spec, ready, Recipe.plain(form, head=form if form == "w8a8" else "block8")))
 
 
 def one_by_one(decoder: Decoder) -> Decoder:
@@ -66,7 +68,7 @@ def one_by_one(decoder: Decoder) -> Decoder:
 
 
 @pytest.mark.parametrize("kv", ["plain", "int8"])
-@pytest.mark.parametrize("form", ["block4", "block8"])
+@pytest.mark.parametrize("form", ["block4", "block8", "w8a8", "w4a8"])
 def test_the_program_computes_what_its_layers_do(tensors, form, kv):
     decoder = built(tensors, form)
     assert isinstance(decoder.program, Program), decoder.program
@@ -76,8 +78,9 @@ def test_the_program_computes_what_its_layers_do(tensors, form, kv):
     assert (got - want).abs().mean() < MEAN_ERROR * want.abs().mean()
 
 
-def test_chunks_layer_ranges_and_threads_change_no_bit(tensors):
-    decoder = built(tensors)
+@pytest.mark.parametrize("form", ["block8", "w8a8", "w4a8"])
+def test_chunks_layer_ranges_and_threads_change_no_bit(tensors, form):
+    decoder = built(tensors, form)
     whole = paged.Row(decoder, len(TOKENS), "cpu-int8", "int8").run(TOKENS, 0, len(TOKENS))
     row = paged.Row(decoder, len(TOKENS), "cpu-int8", "int8")
     edges = [0, 1, 16, 17, 50, len(TOKENS)]

@@ -7,6 +7,7 @@ import torch
 
 from millstream.ops import cases, table
 from millstream.ops.cpu import blocks as _blocks  # noqa: F401 - registers
+from millstream.ops.cpu import channel as _channel  # noqa: F401 - registers
 from millstream.ops.cpu import kv_write as _kv_write  # noqa: F401 - registers
 from millstream.ops.cpu import kv_write8 as _kv_write8  # noqa: F401 - registers
 from millstream.ops.cpu import linear as _linear  # noqa: F401 - registers
@@ -101,9 +102,16 @@ def _tensors(value):
     return []
 
 
-@pytest.mark.parametrize("case", TABLES["linear_blocks"].cases, ids=lambda case: case.name)
-def test_a_product_of_bytes_gives_a_row_the_same_bits_in_any_company(case):
-    native = TABLES["linear_blocks"].op.implementations["cpu"]
+OF_BYTES = [
+    pytest.param(name, case, id=f"{name}-{case.name}")
+    for name in ("linear_blocks", "linear_channel")
+    for case in TABLES[name].cases
+]
+
+
+@pytest.mark.parametrize(("name", "case"), OF_BYTES)
+def test_a_product_of_bytes_gives_a_row_the_same_bits_in_any_company(name, case):
+    native = TABLES[name].op.implementations["cpu"]
     x, *rest = case.args()
     if native.accepts(table.Ask("cpu", x.dtype)) is not None:
         pytest.skip("no native product here")
@@ -133,3 +141,89 @@ def test_a_stream_gives_back_what_was_packed():
         rows = torch.tensor([outputs - 1, 0, 3])
         whole = weights_of(stream, outputs, inputs, bits)
         assert torch.equal(rows_of(stream, rows, outputs, inputs, bits), whole[rows])
+
+
+def channel_native():
+    native = TABLES["linear_channel"].op.implementations["cpu"]
+    if native.accepts(table.Ask("cpu", torch.float32)) is not None:
+        pytest.skip("no native product here")
+    return native.function
+
+
+@pytest.mark.parametrize("case", TABLES["linear_channel"].cases, ids=lambda case: case.name)
+def test_a_product_of_whole_rows_has_the_bits_of_the_integer_reference(case):
+    assert torch.equal(channel_native()(*case.args()), TABLES["linear_channel"].op.reference(*case.args()))
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(8, 0), (4, 0), (4, 6)])
+def test_the_sums_of_a_product_of_whole_rows_are_those_of_integers(bits, groups):
+    from millstream.ops.cases.channel import made
+    from millstream.ops.ref.channel import bytes_of, pack_stream, unpack_stream
+
+    generator = torch.Generator().manual_seed(9)
+    _, stream, outputs, _ = made(1, 70, 384, bits, groups)(generator)
+    held = unpack_stream(stream, outputs, 384, bits)
+    second = (held["step"], held["z"]) if "step" in held else None
+    stream = pack_stream(held["codes"], torch.ones(outputs), bits, held.get("zero"), second)
+    x = torch.randint(-127, 128, (9, 384), generator=generator).float()
+    x[:, 0] = 127.0  # so that a row's scale is one
+    u, zero, _ = bytes_of(stream, outputs, 384, bits)
+    want = x.to(torch.int32) @ (u.to(torch.int32) - zero[:, None]).T
+    assert int(want.abs().max()) < 1 << 24  # floats hold them
+    for function in (channel_native(), TABLES["linear_channel"].op.reference):
+        assert torch.equal(function(x, stream, outputs, bits).to(torch.int32), want)
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(8, 0), (4, 0), (4, 3)])
+def test_one_code_is_one_output(bits, groups):
+    from millstream.ops.cases.channel import made
+
+    x, stream, outputs, _ = made(6, 40, 96, bits, groups)(torch.Generator().manual_seed(1))
+    changed = stream.clone()
+    start = 64 if groups else 0
+    # The first step of the second panel, its fifth output's third input.
+    changed[0, start + 64 + 4 * 4 + 2] ^= 1
+    native = channel_native()
+    different = (native(x, stream, outputs, bits) != native(x, changed, outputs, bits)).any(0)
+    assert different.nonzero().flatten().tolist() == [16 + 4]
+
+
+def test_a_row_that_is_not_finite_is_not_finite_behind_a_product_of_whole_rows():
+    from millstream.ops.cases.channel import made
+
+    x, stream, outputs, bits = made(4, 40, 96, 4, 3)(torch.Generator().manual_seed(1))
+    x[1, 95], x[2, 3] = torch.nan, torch.inf
+    sound = torch.tensor([True, False, False, True])
+    for function in (channel_native(), TABLES["linear_channel"].op.reference):
+        assert torch.equal(torch.isfinite(function(x, stream, outputs, bits)).all(1), sound)
+        assert torch.equal(torch.isfinite(function(x, stream, outputs, bits)).any(1), sound)
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(8, 0), (4, 0), (4, 1), (4, 3)])
+def test_a_stream_of_whole_rows_gives_back_what_was_packed(bits, groups):
+    from millstream.ops.cases.channel import made
+    from millstream.ops.ref.channel import groups_of, pack_stream, rows_of, unpack_stream, weights_of
+
+    _, stream, outputs, _ = made(1, 45, 96, bits, groups)(torch.Generator().manual_seed(4))
+    assert groups_of(stream, 96, bits) == groups
+    found = unpack_stream(stream, outputs, 96, bits)
+    second = (found["step"], found["z"]) if groups else None
+    assert torch.equal(pack_stream(found["codes"], found["scale"], bits, found.get("zero"), second), stream)
+    rows = torch.tensor([outputs - 1, 0, 33])
+    whole = weights_of(stream, outputs, 96, bits)
+    assert torch.equal(rows_of(stream, rows, outputs, 96, bits), whole[rows])
+
+
+def test_the_native_product_of_whole_rows_refuses_what_does_not_fit_together():
+    from millstream.ops.cases.channel import made
+
+    x, stream, outputs, bits = made(2, 40, 96, 4, 3)(torch.Generator().manual_seed(4))
+    native = channel_native()
+    for args in (
+        (x[:, :64], stream, outputs, bits),
+        (x, stream, outputs + 32, bits),
+        (x, stream[:, :-1].contiguous(), outputs, bits),
+        (x, stream, outputs, bits, torch.ones(3)),
+    ):
+        with pytest.raises(ValueError, match=r"outputs|x 96|x 64"):
+            native(*args)

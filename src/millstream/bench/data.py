@@ -59,6 +59,13 @@ SETS = {
         "word_language_model/data/wikitext-2/test.txt",
         "CC BY-SA 3.0",
     ),
+    "wikitext2-train": DataSet(
+        "lm_train/wikitext2_train_5k.txt.gz",
+        "NagusameCS/HyperTensor",
+        "fe7264328a06",
+        "data/wikitext2_train_5k.txt",
+        "CC BY-SA 3.0",
+    ),
 }
 
 

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("demo", "answer a few dozen prompts in one continuous batch, with a live view"),
     "bench": ("bench", "measure throughput, latency, start-up, or the knee of step sizes"),
     "explain": ("explain", "every automatic decision with its reason, and where the memory goes"),
+    "quantize": ("quantize", "pack a model's matrices into 4 or 8 bits"),
     "pull": ("pull", "download a model"),
     "list": ("list_models", "models that are known by name, and which are here"),
     "show": ("show", "what there is to know of a model without loading it"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from millstream.core.errors import BadFile, nearest
+from millstream.core.errors import BadFile, ConfigError, nearest
 from millstream.models.cache import keep, load_tensors
 from millstream.models.decoder import Decoder, build
 from millstream.models.families.protocol import Family, find_family
@@ -45,7 +45,8 @@ class LoadedModel:
 def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True, weights: str = "dense") -> LoadedModel:
     """Loads a model whole. `cached` lets converted weights be kept on disk for the next start.
 
-    `weights` is how matrices are kept: "dense" (in `dtype`) or "blocks" (`models/blocks_of.py`).
+    `weights` is how matrices are kept: "dense" (in `dtype`) or "blocks" (`models/blocks_of.py`). A folder that
+    `millstream quantize` made keeps its own formats, whatever "dense" says.
 
     Raises Unsupported for a family, a config field or a scaling that is not known, BadFile for a value that cannot be
     and for tensors that are missing, too many or of the wrong shape, ConfigError for a dtype that does not exist.
@@ -63,16 +64,24 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True,
     family = find_family(source.config)
     spec = model_spec(source, family)
     lap("config")
-    if weights == "blocks":
+    if source.packing:
+        from millstream.models.packed import packed_tensors
+
+        if dtype != "float32" or weights != "dense":
+            raise ConfigError(
+                f"{source.id} holds its matrices as {source.quantization} and computes in float32: "
+                f"model.dtype {dtype} with model.weights {weights!r} is for models stored otherwise"
+            )
+        ready: Mapping[str, torch.Tensor] = packed_tensors(source, spec)
+        lap("weights")
+    elif weights == "blocks":
         # Here, so that a dense start does not load it.
         from millstream.models.blocks_of import blocks_spec, blocks_tensors
 
         spelled = _spelled(source, family, spec, _parts(spec))
         _check_shapes(source, spec, spelled)
         spec = blocks_spec(spec, source, spelled)
-        ready: Mapping[str, torch.Tensor] = keep(
-            source, "blocks", lambda: blocks_tensors(spec, source, spelled), cached
-        )
+        ready = keep(source, "blocks", lambda: blocks_tensors(spec, source, spelled), cached)
         lap("weights")
     else:
         tensors = load_tensors(source, getattr(torch, dtype), cached)
@@ -80,7 +89,10 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True,
         ready, report.copied_bytes = prepare(source, family, spec, tensors)
         del tensors
         lap("fuse")
-    decoder = build(spec, ready, dtype)
+    try:
+        decoder = build(spec, ready, dtype)
+    except BadFile as error:
+        raise BadFile(source.path, str(error)) if source.packing else error from None
     report.weight_bytes = sum(tensor.nbytes for tensor in ready.values())
     lap("build")
     return LoadedModel(spec, decoder, report)

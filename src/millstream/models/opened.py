@@ -10,9 +10,10 @@ from millstream.config.load import home
 from millstream.core.errors import BadFile
 from millstream.models import store
 from millstream.models.families.protocol import Family, find_family
+from millstream.models.packed import TOKENIZER, packed_spec
 from millstream.models.source import ModelSource, open_source
 from millstream.models.spec import ModelSpec
-from millstream.text import from_folder, from_gguf
+from millstream.text import built, from_folder, from_gguf
 from millstream.text.tokenizer import Tokenizer
 
 
@@ -28,6 +29,8 @@ class Opened:
         if self.source.metadata:
             kept = home() / "tokenizers"
             return from_gguf.load_tokenizer(self.source.metadata, kept, self.source.checksum(), path=self.source.path)
+        if (self.source.path / TOKENIZER).is_file():
+            return built.load(self.source.path / TOKENIZER)
         return from_folder.load_folder_tokenizer(self.source.path, home() / "tokenizers")
 
 
@@ -39,9 +42,11 @@ def open_model(name: str, progress: Any = None, notice: Any = None) -> Opened:
 
 
 def model_spec(source: ModelSource, family: Family | None = None) -> ModelSpec:
-    """The spec of a source, named by its id; its file is named in what is raised."""
+    """The spec of a source, with the formats that it is packed in, named by its id; errors name its file."""
     try:
         spec = (family or find_family(source.config)).spec(source.config)
     except BadFile as error:
         raise BadFile(source.path, error.what) from error
+    if source.packing:
+        spec = packed_spec(spec, source)
     return replace(spec, name=source.id)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from millstream.formats.weights.protocol import Packed
 from millstream.models.blocks.attention import StepContext
+from millstream.models.blocks.embedding import Embedding
+from millstream.models.blocks.linear import Linear, weight_format
 from millstream.models.blocks.norm import Norm
 from millstream.models.blocks.rope import Rotary
 from millstream.ops import table
@@ -27,7 +28,6 @@ from millstream.ops.table import Refusal
 if TYPE_CHECKING:
     from millstream.models.decoder import Decoder, DecoderLayer
 
-_BITS = {"block4": 4, "block8": 8}
 _NOTHING = native.Matrix()
 # Angles are tabled for as many positions as were seen, in steps of this many.
 _POSITIONS = 1024
@@ -49,8 +49,8 @@ class Program:
         self._ropes = (native.Rope * max(1, len(self._rotaries)))()
         self._paged: tuple[object, ...] = ()
         self._step, self._held = native.Step(), (native.Group * len(self._groups))()
-        self._head_args = native.Head(norm=_norm(decoder._final_norm), matrix=_matrix(decoder._head.packed))
-        self._embedding = _matrix(decoder._embed.packed)
+        self._head_args = native.Head(norm=_norm(decoder._final_norm), matrix=_matrix(decoder._head))
+        self._embedding = _matrix(decoder._embed)
         self._written = {name: [layer.spec.mixer.group == name for layer in decoder.layers] for name in self._groups}
         self._scratch = native.Scratch()
         self._lock = threading.Lock()
@@ -158,10 +158,10 @@ class Program:
                 self._rotaries.append(mixer.rotary)
             rope = self._rotaries.index(mixer.rotary)
         inner = mlp.spec.inner
-        gate, up = _halves(mlp.gate_up.packed, inner)
         return native.Layer(
             *(_norm(norm) for norm in layer.norms()), _norm(mixer.q_norm), _norm(mixer.k_norm),
-            _matrix(mixer.qkv.packed), _matrix(mixer.out.packed), gate, up, _matrix(mlp.down.packed),
+            _matrix(mixer.qkv), _matrix(mixer.out),
+            _matrix(mlp.gate_up, 0, inner), _matrix(mlp.gate_up, inner), _matrix(mlp.down),
             None, None, self._groups.index(spec.group), rope, native.ACTIVATIONS[mlp.spec.activation],
             spec.heads, spec.kv_heads, spec.head_dim, inner, spec.window or 0, spec.scale, spec.softcap or 0.0,
         )  # fmt: skip
@@ -172,8 +172,9 @@ def _refuses(decoder: Decoder) -> Refusal | None:
         return Refusal("the reference was asked for")
     if decoder.dtype != torch.float32:
         return Refusal(f"activations of {decoder.dtype}")
-    if decoder.spec.embed_format not in _BITS or decoder.spec.head.format not in _BITS:
-        return Refusal("the embedding or the head is dense")
+    for name, kind in (("embedding", decoder.spec.embed_format), ("head", decoder.spec.head.format)):
+        if not _known(kind):
+            return Refusal(f"the {name} is {kind}")
     kinds: dict[str, tuple[object, ...]] = {}
     for index, layer in enumerate(decoder.layers):
         mixer = layer.spec.mixer
@@ -183,7 +184,7 @@ def _refuses(decoder: Decoder) -> Refusal | None:
         if layer.mlp is None:
             return Refusal(f"layer {index} is a mixture of experts")
         for name, linear in layer.spec.linears():
-            if linear.format not in _BITS:
+            if not _known(linear.format):
                 return Refusal(f"{name} of layer {index} is {linear.format}")
         if layer.mlp.spec.inner % 32:
             return Refusal(f"an inner width of {layer.mlp.spec.inner}, the program needs a multiple of 32")
@@ -192,19 +193,14 @@ def _refuses(decoder: Decoder) -> Refusal | None:
     return native.refusal()
 
 
-def _matrix(packed: Packed) -> native.Matrix:
-    outputs, inputs = packed.shape
-    return native.matrix(packed["stream"], outputs, inputs, _BITS[packed.format], packed.parts.get("bias"))
+def _known(weights: str) -> bool:
+    return hasattr(weight_format(weights), "native")
 
 
-def _halves(packed: Packed, inner: int) -> tuple[native.Matrix, native.Matrix]:
-    """Gate and up, which lie one after the other in one stream."""
-    stream, bias = packed["stream"], packed.parts.get("bias")
-    inputs, bits, half = packed.shape[1], _BITS[packed.format], stream.shape[0] // 2
-    parts = [(stream[:half], None if bias is None else bias[:inner])]
-    parts.append((stream[half:], None if bias is None else bias[inner:]))
-    gate, up = (native.matrix(part, inner, inputs, bits, of) for part, of in parts)
-    return gate, up
+def _matrix(of: Linear | Embedding, first: int = 0, last: int | None = None) -> native.Matrix:
+    """Some outputs of a matrix: gate and up lie one after the other in one stream."""
+    found: native.Matrix = of.format.native(of.packed, first, last)  # type: ignore[attr-defined]
+    return found
 
 
 def _norm(norm: Norm | None) -> native.Norm:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# The `quant_method` of a folder that was packed here.
+PACKED_HERE = "millstream"
+
+
 @dataclass(frozen=True, slots=True)
 class RawTensor:
     """A tensor as it is stored: `data` is uint8 [nbytes], rows in order, in blocks of `type` (F32, Q4_K, ...)."""
@@ -65,6 +69,11 @@ class ModelSource(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]:
         """The keys of a GGUF file (its tokenizer among them); empty for a folder."""
+        ...
+
+    @property
+    def packing(self) -> Mapping[str, Any]:
+        """How `millstream quantize` packed the matrices (`models/packed.py`); empty for floats and for GGUF files."""
         ...
 
     @property
@@ -120,6 +129,10 @@ class GgufSource:
     @property
     def metadata(self) -> Mapping[str, Any]:
         return self._model.file.metadata
+
+    @property
+    def packing(self) -> Mapping[str, Any]:
+        return {}
 
     @property
     def quantization(self) -> str:
@@ -185,11 +198,15 @@ class FolderSource:
                 f"{path / 'config.json'} names code of its own (auto_map); it is ignored and never run", stacklevel=3
             )
             self.config = {k: v for k, v in self.config.items() if k != "auto_map"}
-        quantized = self.config.get("quantization_config")
-        if quantized:
+        quantized = self.config.pop("quantization_config", None)
+        self.packing: Mapping[str, Any] = {}
+        if isinstance(quantized, dict) and quantized.get("quant_method") == PACKED_HERE:
+            self.packing = quantized
+        elif quantized:
             method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
             raise Unsupported(
-                f"{path} is quantized by {method}; read here are {', '.join(WEIGHT_DTYPES)} weights and GGUF files"
+                f"{path} is quantized by {method}; read here are {', '.join(WEIGHT_DTYPES)} weights, "
+                "GGUF files and what `millstream quantize` made"
             )
         generation = path / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
@@ -204,6 +221,9 @@ class FolderSource:
 
     @property
     def quantization(self) -> str:
+        if self.packing:
+            matrices = self.packing.get("matrices")
+            return str(matrices.get("format")) if isinstance(matrices, dict) else PACKED_HERE
         held: Counter[str] = Counter()
         for _, t in self._tensors.values():
             held[t.dtype] += t.nbytes

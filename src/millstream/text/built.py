@@ -70,6 +70,19 @@ def cached(
     return tokenizer
 
 
+def save(file: Path, spec: str, facts: Facts) -> None:
+    """Writes a finished tokenizer. Raises OSError."""
+    file.write_bytes(_content(spec, facts))
+
+
+def load(file: Path) -> Tokenizer:
+    """What `save` wrote. Raises BadFile."""
+    kept = _read(file)
+    if kept is None:
+        raise BadFile(file, "does not hold a whole tokenizer of this version")
+    return Tokenizer(backend_from(kept[0], file), kept[1])
+
+
 def _new(build: Callable[[], tuple[str, Facts]], path: str | Path) -> tuple[Tokenizer, str]:
     spec, facts = build()
     backend = backend_from(spec, path)
@@ -93,17 +106,19 @@ def _read(file: Path) -> tuple[str, Facts] | None:
         return None
 
 
-def _write(file: Path, spec: str, facts: Facts) -> None:
+def _content(spec: str, facts: Facts) -> bytes:
     body = spec.encode("utf-8")
     header = {"format": FORMAT, "sha256": hashlib.sha256(body).hexdigest(), "facts": _facts_to(facts)}
+    return json.dumps(header, ensure_ascii=False).encode("utf-8") + b"\n" + body
+
+
+def _write(file: Path, spec: str, facts: Facts) -> None:
     temporary: str | None = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
         with os.fdopen(handle, "wb") as out:
-            out.write(json.dumps(header, ensure_ascii=False).encode("utf-8"))
-            out.write(b"\n")
-            out.write(body)
+            out.write(_content(spec, facts))
         os.replace(temporary, file)
         temporary = None
     except OSError as error:

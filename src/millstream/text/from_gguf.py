@@ -91,6 +91,13 @@ def load_tokenizer(
     return cached(cache_dir, key or "", path, source.build, source.refresh)
 
 
+def built_tokenizer(metadata: Mapping[str, Any], path: str | Path) -> tuple[str, Facts]:
+    """The same tokenizer as the library's JSON and its facts, for `text.built.save`. Raises as `load_tokenizer`."""
+    source = _Metadata(metadata, path)
+    source.check_kind()
+    return source.build()
+
+
 class _Metadata:
     """Typed, checked access to the `tokenizer.*` keys."""
 

@@ -11,15 +11,19 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from millstream.core.errors import ConfigError
+from millstream.core.errors import BadFile, ConfigError
 from millstream.formats.weights.protocol import Packed
 from millstream.ops.cpu import blocks as _native  # noqa: F401 - registers the native product
+from millstream.ops.cpu import program
 from millstream.ops.ref.blocks import (
+    PANEL,
     RUN,
+    WIDE,
     linear_blocks,
     pack_stream,
     quantize,
     rows_of,
+    stream_shape,
     unpack_stream,
     weights_of,
 )
@@ -64,8 +68,16 @@ class Blocks:
         return codes.to(torch.uint8), d, m
 
     def load(self, tensors: Mapping[str, torch.Tensor], name: str, bias: bool = False) -> Packed:
-        shape = tensors[f"{name}.shape"].tolist()
-        return self.packed(tensors[f"{name}.stream"], (shape[0], shape[1]), tensors[f"{name}.bias"] if bias else None)
+        stream, shape = tensors[f"{name}.stream"], tensors[f"{name}.shape"].tolist()
+        if (
+            len(shape) != 2
+            or stream.dtype != torch.uint8
+            or tuple(stream.shape) != stream_shape(shape[0], shape[1], self.bits)
+        ):
+            raise BadFile(
+                name, f"a stream of {list(stream.shape)} {stream.dtype} is not a {self.name} matrix of {shape}"
+            )
+        return self.packed(stream, (shape[0], shape[1]), tensors[f"{name}.bias"] if bias else None)
 
     def shard(self, packed: Packed, side: str, rank: int, num_ranks: int) -> Packed:
         if side not in ("column", "row"):
@@ -101,3 +113,8 @@ class Blocks:
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         parts = packed.parts
         return self._linear(x, parts["stream"], packed.shape[0], self.bits, parts.get("bias"))
+
+    def native(self, packed: Packed, first: int = 0, last: int | None = None) -> program.Matrix:
+        last = packed.shape[0] if last is None else last
+        stream, bias = packed["stream"][first // (WIDE * PANEL) :], packed.parts.get("bias")
+        return program.matrix(stream, last - first, packed.shape[1], self.bits, None if bias is None else bias[first:])

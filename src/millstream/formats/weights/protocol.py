@@ -75,3 +75,14 @@ class WeightFormat(Protocol):
     def linear(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         """x (T, I) -> (T, O), bias added. The result is new memory that the caller may write to."""
         ...
+
+
+class InProgram(Protocol):
+    """What a format has besides when `ops/cpu/program.cpp` can multiply by it: layers then run as one native call."""
+
+    def native(self, packed: Packed, first: int = 0, last: int | None = None) -> Any:
+        """The outputs [first, last) of the matrix as `ops.cpu.program.Matrix`, which shares the memory of `packed`.
+
+        `first` is a multiple of 32.
+        """
+        ...

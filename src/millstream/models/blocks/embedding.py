@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from millstream.formats.weights.protocol import Packed, WeightFormat
-from millstream.models.blocks.linear import weight_format
+from millstream.models.blocks.linear import of_shape, weight_format
 from millstream.models.spec import ModelSpec
 
 
@@ -28,4 +28,5 @@ class Embedding:
 def embedding(spec: ModelSpec, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Embedding:
     """The embedding out of the model's tensors, in the format that the spec asks for."""
     held = weight_format(spec.embed_format)
-    return Embedding(spec, held.load(tensors, "embed"), held, dtype)
+    packed = of_shape(held.load(tensors, "embed"), (spec.vocab_size, spec.width), "embed")
+    return Embedding(spec, packed, held, dtype)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from millstream.core import registry
+from millstream.core.errors import BadFile
 from millstream.formats.weights.protocol import Packed, WeightFormat
 from millstream.models.spec import LinearSpec
 
@@ -26,9 +27,17 @@ class Linear:
 
 
 def linear(spec: LinearSpec, tensors: Mapping[str, torch.Tensor], name: str) -> Linear:
-    """The matrix `name` out of the model's tensors, in the format that its spec asks for."""
+    """The matrix `name` out of the model's tensors, in the format that its spec asks for. Raises BadFile."""
     found = weight_format(spec.format)
-    return Linear(spec, found.load(tensors, name, spec.bias), found)
+    packed = of_shape(found.load(tensors, name, spec.bias), (spec.out_width, spec.in_width), name)
+    return Linear(spec, packed, found)
+
+
+def of_shape(packed: Packed, shape: tuple[int, int], name: str) -> Packed:
+    """Raises BadFile where what was packed is not of the shape that the config asks for."""
+    if packed.shape != shape:
+        raise BadFile(name, f"the {packed.format} matrix is {list(packed.shape)}, the config asks for {list(shape)}")
+    return packed
 
 
 # A model has hundreds of matrices; finding a plug-in looks at the disk.

@@ -113,16 +113,19 @@ inline Vec halves(const uint16_t *p) {
 
 extern "C" {
 
-// One matrix; `outputs` and `inputs` are those of the layer, the stream covers multiples of 32 of both.
+// One matrix; `outputs` and `inputs` are those of the layer, the stream covers multiples of 32 of both. `kind` is how it
+// lies there: BLOCKS as this file reads it, CHANNEL as `channel.h` does, in so many `groups` (0: none).
 struct MillstreamMatrix {
   const uint8_t *stream;
   const float *bias; // (outputs), or null
-  int64_t inputs, outputs, bits;
+  int64_t inputs, outputs, bits, kind, groups;
 };
 
 }
 
 namespace int8 {
+
+constexpr int64_t BLOCKS = 0, CHANNEL = 1;
 
 inline int64_t runs_of(int64_t inputs) { return (inputs + RUN - 1) / RUN; }
 

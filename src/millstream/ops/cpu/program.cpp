@@ -2,6 +2,7 @@
 // activations, with a barrier between them and nothing else. The members of the team share each of them out by rows,
 // heads or outputs; what a row's result is does not depend on how.
 #include "attention8.h"
+#include "channel.h"
 #include "pool.h"
 
 extern "C" {
@@ -196,23 +197,24 @@ struct Layers {
   std::vector<std::atomic<int>> items;
   pool::Barrier barrier;
   int8::Rows wide{}, inner{};
-  float *qkv = nullptr, *seen = nullptr, *lse = nullptr, *hidden = nullptr;
+  float *qkv = nullptr, *seen = nullptr, *lse = nullptr, *hidden = nullptr, *middle = nullptr;
   int64_t qkv_width = 0, seen_width = 0;
   uint32_t size;
 
-  static constexpr int PHASES = 10;
+  static constexpr int PHASES = 11;
 
   Layers(const MillstreamStep &s, uint32_t members)
       : step(s), taken(size_t(PHASES * (s.last_layer - s.first_layer) + 1) * members),
         items(size_t(s.last_layer - s.first_layer)), size(members) {}
 
   int64_t lay_out(char *memory) {
-    int64_t widest = step.width, inner_width = 1, heads = 1;
+    int64_t widest = step.width, inner_width = 1, heads = 1, whole_width = 0;
     for (int64_t i = step.first_layer; i < step.last_layer; i++) {
       const MillstreamLayer &l = step.layers[i];
       qkv_width = std::max(qkv_width, (l.heads + 2 * l.kv_heads) * l.dim);
       seen_width = std::max(seen_width, l.heads * l.dim);
       inner_width = std::max(inner_width, l.inner);
+      if (l.down.kind == int8::CHANNEL) whole_width = std::max(whole_width, l.inner);
       heads = std::max(heads, l.heads);
     }
     // Rows a multiple of 4096 bytes apart would all want the same few lines of the cache.
@@ -224,6 +226,7 @@ struct Layers {
     seen = arena.take<float>(step.num_tokens * seen_width);
     lse = arena.take<float>(step.num_tokens * heads);
     hidden = arena.take<float>(step.num_tokens * step.width);
+    middle = arena.take<float>(step.num_tokens * whole_width);
     return arena.used;
   }
 
@@ -251,7 +254,7 @@ struct Layers {
   }
 
   template <class Put> auto product(const MillstreamMatrix &w, const int8::Rows &x, const Put &put) const {
-    return int8::Product<Put>{w, x, step.num_tokens, put};
+    return int8::AnyProduct<Put>{w, x, step.num_tokens, put};
   }
 
   void work(uint32_t member) {
@@ -266,7 +269,7 @@ struct Layers {
     if (step.embedding.stream)
       share(tokens, [&](int64_t t) {
         float *x = step.x + t * width;
-        int8::output_row(step.embedding, step.tokens[t], x);
+        int8::any_output_row(step.embedding, step.tokens[t], x);
         for (int64_t i = 0; i < width; i++) x[i] *= step.embed_scale;
       });
     else next += size;
@@ -276,12 +279,12 @@ struct Layers {
       const auto runs = [&](int64_t inputs) { return int8::runs_of(inputs); };
       int8::Rows x = wide;
       x.runs = runs(width);
-      const auto normed = [&](const MillstreamNorm &norm) {
+      const auto normed = [&](const MillstreamNorm &norm, const MillstreamMatrix &next_product) {
         share(tokens, [&](int64_t t) {
           static thread_local std::vector<float> row;
           row.resize(size_t(width));
           norm_row(norm, step.x + t * width, width, row.data());
-          int8::quantize_row(row.data(), width, x.q + t * x.runs * int8::RUN, x.scale + t * x.runs, x.sum + t * x.runs);
+          int8::quantize_for(next_product, row.data(), width, x, t);
         });
       };
       const auto added = [&](const MillstreamMatrix &w, const int8::Rows &rows, const MillstreamNorm &post) {
@@ -306,7 +309,7 @@ struct Layers {
         }
       };
 
-      normed(l.mixer_norm);
+      normed(l.mixer_norm, l.qkv);
       {
         const auto put = [&](int64_t t, int64_t o, int64_t n, const float *y) {
           std::memcpy(qkv + t * qkv_width + o, y, size_t(n) * sizeof(float));
@@ -327,21 +330,22 @@ struct Layers {
       int8::Rows heads = wide;
       heads.runs = runs(l.heads * l.dim);
       share(tokens, [&](int64_t t) {
-        int8::quantize_row(seen + t * seen_width, l.heads * l.dim, heads.q + t * heads.runs * int8::RUN,
-                           heads.scale + t * heads.runs, heads.sum + t * heads.runs);
+        int8::quantize_for(l.out, seen + t * seen_width, l.heads * l.dim, heads, t);
       });
       added(l.out, heads, l.mixer_post_norm);
 
-      normed(l.channel_norm);
+      normed(l.channel_norm, l.gate);
       int8::Rows between = inner;
       between.runs = runs(l.inner);
       share(gated(l, x, between).units(), [&](int64_t unit) { gated(l, x, between).unit(unit); });
+      if (l.down.kind == int8::CHANNEL)
+        share(tokens, [&](int64_t t) { int8::quantize_for(l.down, middle + t * l.inner, l.inner, between, t); });
       added(l.down, between, l.channel_post_norm);
       next = after + size;
     }
   }
 
-  // The two products of an MLP for the same outputs, what follows them, and back to 8 bits.
+  // The two products of an MLP for the same outputs, what follows them, and back to 8 bits (or as floats to `middle`).
   struct Gated {
     const Layers &all;
     const MillstreamLayer &l;
@@ -363,6 +367,11 @@ struct Layers {
         float both[int8::RUN];
         const float *g = gate + (t - first) * int8::RUN;
         for (int i = 0; i < int8::RUN; i += 16) store(both + i, activate(load(g + i), l.activation) * load(y + i));
+        if (l.down.kind == int8::CHANNEL) {
+          // The largest of a row is known when all of it is.
+          std::memcpy(all.middle + t * l.inner + o, both, sizeof(both));
+          return;
+        }
         const int64_t run = o / int8::RUN, at = t * to.runs + run;
         int8::quantize_row(both, int8::RUN, to.q + at * int8::RUN, to.scale + at, to.sum + at);
       };
@@ -459,8 +468,7 @@ int millstream_head(const MillstreamHead *h) {
           static thread_local std::vector<float> row;
           row.resize(size_t(h.width));
           norm_row(h.norm, h.x + h.rows[r] * h.width, h.width, row.data());
-          int8::quantize_row(row.data(), h.width, rows.q + r * rows.runs * int8::RUN, rows.scale + r * rows.runs,
-                             rows.sum + r * rows.runs);
+          int8::quantize_for(h.matrix, row.data(), h.width, rows, r);
         });
         job.barrier.wait(size);
         const int64_t pairs = (h.matrix.outputs + int8::RUN - 1) / int8::RUN;
@@ -481,7 +489,7 @@ int millstream_head(const MillstreamHead *h) {
           job.place[at] = int32_t(o + best);
           job.most[at] = sound ? y[best] : NAN;
         };
-        const int8::Product<decltype(put)> multiply{h.matrix, rows, h.num_rows, put};
+        const int8::AnyProduct<decltype(put)> multiply{h.matrix, rows, h.num_rows, put};
         pool::Shares{job.taken.data() + size, member, size}.each(multiply.units(),
                                                                 [&](int64_t unit) { multiply.unit(unit); });
         if (h.logits) return;
@@ -527,14 +535,13 @@ int millstream_product(const MillstreamProduct *p) {
         const MillstreamProduct &p = job.p;
         const int8::Rows &rows = job.rows;
         pool::Shares{job.taken.data(), member, size}.each(p.rows, [&](int64_t r) {
-          int8::quantize_row(p.x + r * p.x_stride, p.matrix.inputs, rows.q + r * rows.runs * int8::RUN,
-                             rows.scale + r * rows.runs, rows.sum + r * rows.runs);
+          int8::quantize_for(p.matrix, p.x + r * p.x_stride, p.matrix.inputs, rows, r);
         });
         job.barrier.wait(size);
         const auto put = [&](int64_t r, int64_t o, int64_t n, const float *y) {
           std::memcpy(p.y + r * p.y_stride + o, y, size_t(n) * sizeof(float));
         };
-        const int8::Product<decltype(put)> multiply{p.matrix, rows, p.rows, put};
+        const int8::AnyProduct<decltype(put)> multiply{p.matrix, rows, p.rows, put};
         pool::Shares{job.taken.data() + size, member, size}.each(multiply.units(),
                                                                 [&](int64_t unit) { multiply.unit(unit); });
       },

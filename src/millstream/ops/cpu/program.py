@@ -18,10 +18,14 @@ from millstream.ops.table import Refusal
 ACTIVATIONS = {"silu": 0, "gelu-tanh": 1, "gelu": 2}
 PLAIN_PAGES = {torch.float32: 0, torch.bfloat16: 1}
 BYTE_PAGES = 2
+# How a matrix lies in its stream: `ops/ref/blocks.py`, `ops/ref/channel.py`.
+BLOCKS, CHANNEL = 0, 1
 
 
 class Matrix(ctypes.Structure):
-    _fields_ = [(n, c_void_p) for n in ("stream", "bias")] + [(n, c_int64) for n in ("inputs", "outputs", "bits")]
+    _fields_ = [(n, c_void_p) for n in ("stream", "bias")] + [
+        (n, c_int64) for n in ("inputs", "outputs", "bits", "kind", "groups")
+    ]
 
 
 class Norm(ctypes.Structure):
@@ -142,6 +146,14 @@ class Scratch:
             raise RuntimeError(f"millstream_{name} failed with {failed}")
 
 
-def matrix(stream: torch.Tensor, outputs: int, inputs: int, bits: int, bias: torch.Tensor | None = None) -> Matrix:
-    """Points at a stream of `ops/ref/blocks.py`. Bias float32."""
-    return Matrix(stream.data_ptr(), None if bias is None else bias.data_ptr(), inputs, outputs, bits)
+def matrix(
+    stream: torch.Tensor,
+    outputs: int,
+    inputs: int,
+    bits: int,
+    bias: torch.Tensor | None = None,
+    kind: int = BLOCKS,
+    groups: int = 0,
+) -> Matrix:
+    """Points at a stream. Bias float32."""
+    return Matrix(stream.data_ptr(), None if bias is None else bias.data_ptr(), inputs, outputs, bits, kind, groups)
