@@ -81,7 +81,7 @@ class Program:
             groups = (native.Group * len(self._groups))()
             for place, name in enumerate(self._groups):
                 held, pages = layout.groups[name], step.groups[name].pages
-                kind = native.PLAIN_PAGES.get(pages.dtype, native.BYTE_PAGES)
+                kind = native.PAGES[pages.layout, pages.dtype]
                 groups[place] = native.Group(
                     held.block_tables.data_ptr(), held.slots.data_ptr(), held.block_tables.shape[1],
                     pages.num_blocks, pages.block_size, kind,
