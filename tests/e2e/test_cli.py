@@ -349,6 +349,15 @@ def test_bench_ops_holds_every_native_op_against_the_machine(model, told, capsys
     assert "at most, on" in out and "kv_write8" in out and "of memory" in out
 
 
+def test_weights_in_a_format_by_name_and_kv_in_4_bits_are_settings(model, told):
+    words = ("--input-len", "8", "--output-len", "3", "--num-prompts", "2", "--repeats", "1", "--weights", "fp6-e3m2")
+    found = told("bench", "throughput", model, *words, "--set", "cache.kv=int4")
+    assert found["formats"]["weights"] == "fp6-e3m2" and found["formats"]["kv"] == "int4"
+    explained = told("explain", model, "--weights", "fp6-e3m2", "--set", "cache.kv=int4")
+    assert set(explained["weights"]) == {"fp6-e3m2"}
+    assert {one["chosen"] for one in explained["attention"].values()} == {"cpu-int4"}
+
+
 def test_weights_in_blocks_are_a_flag_and_explain_says_what_they_came_to(model, told):
     words = ("--input-len", "8", "--output-len", "3", "--num-prompts", "2", "--repeats", "1", "--weights", "blocks")
     found = told("bench", "throughput", model, *words)

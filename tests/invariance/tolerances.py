@@ -33,4 +33,5 @@ KERNELS = (
     # Rounded activations jump where the naive generator's last digits differ, so it is no judge of these: what they
     # round is held to account by their own tests. What is promised here is every bit, whoever shares the batch.
     Kernels("blocks", "auto", "auto", 16, weights="blocks", kv="int8", oracle_atol=None, alone_atol=0.0),
+    Kernels("kv4", "auto", "auto", 16, weights="blocks", kv="int4", oracle_atol=None, alone_atol=0.0),
 )

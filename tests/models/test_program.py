@@ -67,22 +67,22 @@ def one_by_one(decoder: Decoder) -> Decoder:
     return again
 
 
-@pytest.mark.parametrize("kv", ["plain", "int8"])
+@pytest.mark.parametrize("kv", ["plain", "int8", "int4"])
 @pytest.mark.parametrize("form", ["block4", "block8", "w8a8", "w4a8"])
 def test_the_program_computes_what_its_layers_do(tensors, form, kv):
     decoder = built(tensors, form)
     assert isinstance(decoder.program, Program), decoder.program
-    backend = {"plain": "cpu-paged", "int8": "cpu-int8"}[kv]
+    backend = "cpu-paged" if kv == "plain" else f"cpu-{kv}"
     got = paged.Row(decoder, len(TOKENS), backend, kv).run(TOKENS, 0, len(TOKENS))
     want = paged.Row(one_by_one(decoder), len(TOKENS), backend, kv).run(TOKENS, 0, len(TOKENS))
     assert (got - want).abs().mean() < MEAN_ERROR * want.abs().mean()
 
 
-@pytest.mark.parametrize("form", ["block8", "w8a8", "w4a8"])
-def test_chunks_layer_ranges_and_threads_change_no_bit(tensors, form):
-    decoder = built(tensors, form)
-    whole = paged.Row(decoder, len(TOKENS), "cpu-int8", "int8").run(TOKENS, 0, len(TOKENS))
-    row = paged.Row(decoder, len(TOKENS), "cpu-int8", "int8")
+@pytest.mark.parametrize(("form", "kv"), [("block8", "int8"), ("w8a8", "int8"), ("w4a8", "int8"), ("block8", "int4")])
+def test_chunks_layer_ranges_and_threads_change_no_bit(tensors, form, kv):
+    decoder, backend = built(tensors, form), f"cpu-{kv}"
+    whole = paged.Row(decoder, len(TOKENS), backend, kv).run(TOKENS, 0, len(TOKENS))
+    row = paged.Row(decoder, len(TOKENS), backend, kv)
     edges = [0, 1, 16, 17, 50, len(TOKENS)]
     before = torch.get_num_threads()
     parts = []
@@ -92,7 +92,7 @@ def test_chunks_layer_ranges_and_threads_change_no_bit(tensors, form):
     torch.set_num_threads(before)
     assert torch.equal(torch.cat(parts), whole)
     for split in range(len(decoder.layers) + 1):
-        row = paged.Row(decoder, len(TOKENS), "cpu-int8", "int8")
+        row = paged.Row(decoder, len(TOKENS), backend, kv)
         step = row.step(0, len(TOKENS))
         with torch.inference_mode():
             x = decoder.run_layers(decoder.embed(torch.tensor(TOKENS)), 0, split, step)

@@ -18,9 +18,9 @@ sys.path[:0] = [{tests!r}, {tests!r} + "/../models", {tests!r} + "/.."]
 import torch
 import conftest
 from millstream.core import registry
-from millstream.formats.kv.int8 import device as device8
+from millstream.formats.kv import _coded
 from millstream.formats.kv.plain import device
-from millstream.ops.cpu import blocks, kv_write, kv_write8, linear
+from millstream.ops.cpu import blocks, kv_write, kv_write_codes, linear
 from millstream.ops import cases
 from millstream.ops.cases.attention import CASES
 from millstream.ops.cpu import build
@@ -30,19 +30,19 @@ for source in build.SOURCES.glob("*.cpp"):
     path = build.build(source, Path({directory!r}), extra=flags)
     build._libraries[(build.settings(), source.stem)] = ctypes.CDLL(str(path))
 # From the checked allocator, so that reading beyond the pages is seen.
-device._zeros = device8.zeros = lambda shape, dtype, where: torch.zeros(shape, dtype=dtype)
-backend, bytes_backend = registry.make("attention", "cpu-paged"), registry.make("attention", "cpu-int8")
+device._zeros = _coded.zeros = lambda shape, dtype, where: torch.zeros(shape, dtype=dtype)
+backend = registry.make("attention", "cpu-paged")
 for case in CASES:
     conftest.lay_out(case).whole(backend)
-    if case.page_dtype == "float32":
-        conftest.lay_out(case, "int8").whole(bytes_backend)
+    for kv in ("int8", "int4") if case.page_dtype == "float32" else ():
+        conftest.lay_out(case, kv).whole(registry.make("attention", "cpu-" + kv))
 import paged, support
 from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import build as build_decoder
 for name in ("tiny-llama", "tiny-gemma"):
     decoder = build_decoder(*to_blocks(*support.tiny_tensors(name), "block4"))
     tokens = [(7 * i) % 190 + 3 for i in range(70)]
-    for kv, attention in (("plain", "cpu-paged"), ("int8", "cpu-int8")):
+    for kv, attention in (("plain", "cpu-paged"), ("int8", "cpu-int8"), ("int4", "cpu-int4")):
         row = paged.Row(decoder, 70, attention, kv)
         for start, stop in ((0, 1), (1, 40), (40, 41), (41, 70)):
             row.run(tokens, start, stop)

@@ -15,7 +15,7 @@ from millstream.ops.attention.protocol import AttentionAsk, choose
 from millstream.ops.cases.attention import CASES, AttentionCase
 
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-OVER_PLAIN_PAGES = [name for name in registry.names("attention") if name != "cpu-int8"]
+OVER_PLAIN_PAGES = [name for name in registry.names("attention") if name not in ("cpu-int8", "cpu-int4")]
 # Each token of each row alone is slow on long rows and adds nothing there.
 EXACT = "cpu-paged"
 
@@ -177,14 +177,15 @@ def test_a_named_backend_that_refuses_is_an_error():
         choose(ask, "cpu-pagd")
 
 
-# -- pages of bytes: held to the reference over what they hold, so that only what attention itself rounds is seen
+# -- pages of codes: held to the reference over what they hold, so that only what attention itself rounds is seen
 
-BYTES = [case for case in CASES if case.page_dtype == "float32"]
-EVERY_BYTE_CASE = pytest.mark.parametrize("case", BYTES, ids=lambda case: case.name)
+CODES = [case for case in CASES if case.page_dtype == "float32"]
+EVERY_CODE_CASE = pytest.mark.parametrize("case", CODES, ids=lambda case: case.name)
+EVERY_CODE = pytest.mark.parametrize("kv", ["int8", "int4"])
 
 
-def over_bytes(case, lay_out):
-    step, backend = lay_out(case, "int8"), registry.make("attention", "cpu-int8")
+def over_codes(case, kv, lay_out):
+    step, backend = lay_out(case, kv), registry.make("attention", f"cpu-{kv}")
     ask = AttentionAsk(
         "cpu", "float32", "uint8", step.pages.layout, case.heads, case.kv_heads, case.dim, case.block_size,
         case.window, case.softcap,
@@ -195,18 +196,20 @@ def over_bytes(case, lay_out):
     return step, backend
 
 
-@EVERY_BYTE_CASE
-def test_byte_pages_are_attended_to_as_what_they_hold(case, lay_out):
-    step, backend = over_bytes(case, lay_out)
+@EVERY_CODE
+@EVERY_CODE_CASE
+def test_coded_pages_are_attended_to_as_what_they_hold(case, kv, lay_out):
+    step, backend = over_codes(case, kv, lay_out)
     out, lse = step.whole(backend)
     want, told = step.whole(registry.make("attention", "torch-ref"))
-    torch.testing.assert_close(out, want, atol=case.bytes_atol, rtol=0)
-    torch.testing.assert_close(lse, told, atol=case.bytes_atol, rtol=0)
+    torch.testing.assert_close(out, want, atol=case.codes_atol, rtol=0)
+    torch.testing.assert_close(lse, told, atol=case.codes_atol, rtol=0)
 
 
-@EVERY_BYTE_CASE
-def test_byte_pages_give_the_same_bits_alone_in_chunks_and_on_any_number_of_threads(case, lay_out, threads):
-    step, backend = over_bytes(case, lay_out)
+@EVERY_CODE
+@EVERY_CODE_CASE
+def test_coded_pages_give_the_same_bits_alone_in_chunks_and_on_any_number_of_threads(case, kv, lay_out, threads):
+    step, backend = over_codes(case, kv, lay_out)
     threads(2)
     out, lse = step.whole(backend)
     chance, token = random.Random(7), 0

@@ -129,6 +129,7 @@ def _memory(spec: ModelSpec, resolved: Resolved, weight_bytes: int) -> dict[str,
         groups[group.name] = {
             "blocks": count,
             "block_bytes": cost,
+            "token_bytes": cost / resolved.block_size,
             "bytes": count * cost,
             "host_blocks": host,
             "host_bytes": host * cost,
@@ -206,7 +207,8 @@ def _print(value: Mapping[str, Any]) -> None:
             (
                 f"KV blocks, group {name}",
                 memory_in_words(group["bytes"]),
-                f"{group['blocks']:,} blocks of {memory['block_size']} tokens, {group['block_bytes']:,} bytes each",
+                f"{group['blocks']:,} blocks of {memory['block_size']} tokens, {group['block_bytes']:,} bytes each, "
+                f"{group['token_bytes']:,.0f} a token",
             )
         )
         if group["host_blocks"]:

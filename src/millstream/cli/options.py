@@ -31,7 +31,10 @@ _SAMPLING: tuple[tuple[str, type, str], ...] = (
 def engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--dtype", help="of weights and activations (default float32)")
-    group.add_argument("--weights", help="dense (default), or blocks: 4 and 8 bits as stored in a GGUF file, faster")
+    group.add_argument(
+        "--weights",
+        help="dense (default); blocks: 4 and 8 bits as stored in a GGUF file, faster; or a format, such as fp6-e3m2",
+    )
     group.add_argument("--max-context", type=int, metavar="N", help="in tokens; at most what the model was made for")
     group.add_argument("--config", metavar="FILE", help="a TOML or YAML file with the config tree")
     group.add_argument(

@@ -19,8 +19,9 @@ class ModelConfig:
     """`dtype` of weights and activations; `max_context` in tokens, at most what the model was made for.
 
     `weights` is how matrices are kept: "dense", in the dtype, or "blocks": codes of 4 or 8 bits with scales, as they
-    are stored in a GGUF file, multiplied by activations of 8 bits. Faster, and off by what that rounding costs. A
-    folder that `millstream quantize` made keeps the formats it was packed in.
+    are stored in a GGUF file, multiplied by activations of 8 bits. Faster, and off by what that rounding costs. Or the
+    name of a weight format ("fp6-e3m2"), into which floats are packed at the first start. A folder that
+    `millstream quantize` made keeps the formats it was packed in.
     """
 
     dtype: str = "float32"

@@ -10,17 +10,21 @@ from millstream.core.registry import Card, Choice
 DTYPES = ("float32", "bfloat16")
 PREEMPTION = ("recompute", "swap")
 OPS = ("auto", "ref")
-WEIGHTS = ("dense", "blocks")
+# Besides the weight formats by name.
+WEIGHTS = ("blocks",)
 
 
 def check(config: EngineConfig) -> None:
     """Raises ConfigError or UnknownName for a plug-in that does not exist and for settings that do not go together."""
     if config.model.dtype not in DTYPES:
         raise UnknownName("dtype (model.dtype)", config.model.dtype, DTYPES)
-    if config.model.weights not in WEIGHTS:
-        raise UnknownName("way to keep weights (model.weights)", config.model.weights, WEIGHTS)
-    if config.model.weights == "blocks" and config.model.dtype != "float32":
-        raise ConfigError(f"model.weights 'blocks' computes in float32, model.dtype is {config.model.dtype}")
+    weights = (*WEIGHTS, *registry.names("weights"))
+    if config.model.weights not in weights:
+        raise UnknownName("way to keep weights (model.weights)", config.model.weights, weights)
+    if config.model.weights != "dense" and config.model.dtype != "float32":
+        raise ConfigError(
+            f"model.weights {config.model.weights!r} computes in float32, model.dtype is {config.model.dtype}"
+        )
     if config.sched.preemption not in PREEMPTION:
         raise UnknownName("preemption (sched.preemption)", config.sched.preemption, PREEMPTION)
     if config.runner.ops not in OPS:

@@ -20,7 +20,7 @@ from millstream.ops.ref.blocks import RUN, pack_stream
 
 BITS = {"block4": 5.0, "block8": 9.0}
 _AS_STORED = {"Q4_0", "Q4_1", "Q4_K"}
-_ALWAYS_DENSE = ("router", "shared_gate")
+ALWAYS_DENSE = ("router", "shared_gate")
 
 
 def blocks_spec(spec: ModelSpec, source: ModelSource, spelled: Mapping[str, str]) -> ModelSpec:
@@ -31,7 +31,7 @@ def blocks_spec(spec: ModelSpec, source: ModelSource, spelled: Mapping[str, str]
 
     def choose(name: str, linear: LinearSpec) -> LinearSpec:
         stem, _, last = name.rpartition(".")
-        if last in _ALWAYS_DENSE:
+        if last in ALWAYS_DENSE:
             return linear
         if name == "head" and spec.tied:
             found = kind(["embed.weight"])
@@ -65,7 +65,7 @@ def to_blocks(
     """A built model's dense tensors in blocks: its matrices as `form`, embedding and head as `head`."""
 
     def choose(name: str, linear: LinearSpec) -> LinearSpec:
-        if name.rpartition(".")[2] in _ALWAYS_DENSE:
+        if name.rpartition(".")[2] in ALWAYS_DENSE:
             return linear
         found = head if name == "head" else form
         return replace(linear, format=found, bits=BITS[found])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from millstream.core import registry
 from millstream.core.errors import BadFile, ConfigError, nearest
 from millstream.models.cache import keep, load_tensors
 from millstream.models.decoder import Decoder, build
@@ -45,11 +46,13 @@ class LoadedModel:
 def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True, weights: str = "dense") -> LoadedModel:
     """Loads a model whole. `cached` lets converted weights be kept on disk for the next start.
 
-    `weights` is how matrices are kept: "dense" (in `dtype`) or "blocks" (`models/blocks_of.py`). A folder that
-    `millstream quantize` made keeps its own formats, whatever "dense" says.
+    `weights` is how matrices are kept: "dense" (in `dtype`), "blocks" (`models/blocks_of.py`), or the name of a weight
+    format, into which floats are packed (`models/packed_as.py`). A folder that `millstream quantize` made keeps its own
+    formats, whatever "dense" says.
 
     Raises Unsupported for a family, a config field or a scaling that is not known, BadFile for a value that cannot be
-    and for tensors that are missing, too many or of the wrong shape, ConfigError for a dtype that does not exist.
+    and for tensors that are missing, too many or of the wrong shape, ConfigError for a dtype that does not exist,
+    UnknownName for weights that do not.
     """
     report = LoadReport()
     dtype_bytes(dtype)
@@ -82,6 +85,16 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True,
         _check_shapes(source, spec, spelled)
         spec = blocks_spec(spec, source, spelled)
         ready = keep(source, "blocks", lambda: blocks_tensors(spec, source, spelled), cached)
+        lap("weights")
+    elif weights != "dense":
+        from millstream.models.packed_as import packed_spec, packed_tensors
+
+        registry.card("weights", weights)
+        spelled = _spelled(source, family, spec, _parts(spec))
+        _check_shapes(source, spec, spelled)
+        spec = packed_spec(spec, weights)
+        ready = keep(source, weights, lambda: packed_tensors(spec, source, spelled), cached)
+        spec = packed_spec(spec, weights, ready)
         lap("weights")
     else:
         tensors = load_tensors(source, getattr(torch, dtype), cached)

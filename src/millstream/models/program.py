@@ -89,7 +89,7 @@ class Program:
                 group.block_tables, group.slots = held.block_tables.data_ptr(), held.slots.data_ptr()
                 group.table_stride = held.block_tables.shape[1]
                 group.num_blocks, group.block_size = pages.num_blocks, pages.block_size
-                group.kind = native.PLAIN_PAGES.get(pages.dtype, native.BYTE_PAGES)
+                group.kind = native.PAGES[pages.layout, pages.dtype]
             args = self._step
             args.layers, args.groups = ctypes.addressof(self._layers), ctypes.addressof(self._held)
             args.ropes = ctypes.addressof(self._ropes)

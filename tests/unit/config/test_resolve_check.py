@@ -145,6 +145,6 @@ def test_automatic_kv_follows_the_weights():
 
 def test_a_way_to_keep_weights_that_is_none_is_refused_with_the_nearest():
     with pytest.raises(UnknownName, match=r"nearest.*blocks"):
-        check(build(EngineConfig, {"model": {"weights": "block"}}))
+        check(build(EngineConfig, {"model": {"weights": "bloks"}}))
     with pytest.raises(ConfigError, match="float32"):
         check(build(EngineConfig, {"model": {"weights": "blocks", "dtype": "bfloat16"}}))

@@ -27,8 +27,8 @@ class AttentionCase:
     softcap: float | None = None
     page_dtype: str = "float32"
     atol: float = 5e-6
-    # Over pages of bytes, against the reference over what these hold: the 16 bits of queries and softmax weights.
-    bytes_atol: float = 1.5e-4
+    # Over pages of codes, against the reference over what these hold: the 16 bits of queries and softmax weights.
+    codes_atol: float = 1.5e-4
     # Queries and keys this many times larger: sharp distributions, scores far apart.
     sharp: float = 1.0
 
@@ -96,7 +96,7 @@ CASES = (
     AttentionCase("head of 8", ((1, 200), (9, 99)), heads=2, kv_heads=1, dim=8),
     AttentionCase("head of 72", ((1, 200), (9, 99)), heads=6, kv_heads=2, dim=72),
     AttentionCase("head of 96", ((1, 200), (9, 99)), heads=3, kv_heads=1, dim=96),
-    AttentionCase("sharp", ((1, 600), (20, 90)), sharp=6.0, atol=1e-4, bytes_atol=1e-2),
+    AttentionCase("sharp", ((1, 600), (20, 90)), sharp=6.0, atol=1e-4, codes_atol=1e-2),
     AttentionCase("bfloat16 pages", ((1, 600), (20, 90)), page_dtype="bfloat16"),
     AttentionCase("bfloat16 pages, gemma", ((1, 70), (20, 90)), **GEMMA, page_dtype="bfloat16", window=33),
 )

@@ -1,6 +1,7 @@
 // A run of decoder layers as one call: norms, products, rotary positions, the writing of keys and values, attention and
 // activations, with a barrier between them and nothing else. The members of the team share each of them out by rows,
 // heads or outputs; what a row's result is does not depend on how.
+#include "attention4.h"
 #include "attention8.h"
 #include "channel.h"
 #include "pool.h"
@@ -13,7 +14,8 @@ struct MillstreamNorm {
   int32_t unused;
 };
 
-// The keys and values of one layer, and where its group's tokens lie. `kind` 0: float32, 1: bfloat16, 2: 8 bits.
+// The keys and values of one layer, and where its group's tokens lie. `kind` 0: float32, 1: bfloat16, 2: 8 bits,
+// 3: 4 bits.
 struct MillstreamGroup {
   const int32_t *block_tables;
   const int64_t *slots;
@@ -65,13 +67,13 @@ struct MillstreamHead {
   int32_t unused;
 };
 
-// Keys and values (tokens, kv heads, dim), with strides in floats, into pages of 8 bits at `slots`.
-struct MillstreamWrite8 {
+// Keys and values (tokens, kv heads, dim), with strides in floats, into pages of codes at `slots`.
+struct MillstreamWriteCodes {
   uint8_t *pages;
   const int64_t *slots;
   const float *k, *v;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;
-  int64_t num_tokens, num_blocks, block_size, kv_heads, dim;
+  int64_t num_tokens, num_blocks, block_size, kv_heads, dim, bits;
 };
 
 // y = x W^T + bias for x (rows, inputs), y (rows, outputs), both with their strides in floats.
@@ -164,23 +166,33 @@ inline void write_plain(E *k_pages, E *v_pages, const MillstreamLayer &l, int64_
   for (int64_t d = 0; d < l.dim; d++) attention::keep(v_pages + base + offset * l.dim + d, v[d]);
 }
 
+inline void write_codes(uint8_t *pages, int64_t bits, int64_t kv_heads, int64_t dim, int64_t block_size, int64_t slot,
+                        int64_t head, const float *k, const float *v) {
+  const int64_t place = slot / block_size * kv_heads + head, offset = slot % block_size;
+  if (bits == 8) attention::write8(pages + place * attention::head_bytes8(dim, block_size), dim, block_size, offset, k, v);
+  else attention::write4(pages + place * attention::head_bytes4(dim, block_size), dim, block_size, offset, k, v);
+}
+
 // Attention of one cache group: planned once a step, pointed at each layer's pages in turn.
 struct GroupAttention {
   MillstreamAttention args{};
   std::unique_ptr<attention::Plain<float>> wide;
   std::unique_ptr<attention::Plain<uint16_t>> half;
   std::unique_ptr<attention::Int8> bytes;
+  std::unique_ptr<attention::Int4> nibbles;
 
   int plan(int64_t kind) {
     if (kind == 0) return (wide.reset(new attention::Plain<float>(args)), wide->plan());
     if (kind == 1) return (half.reset(new attention::Plain<uint16_t>(args)), half->plan());
-    return (bytes.reset(new attention::Int8(args)), bytes->plan());
+    if (kind == 2) return (bytes.reset(new attention::Int8(args)), bytes->plan());
+    return (nibbles.reset(new attention::Int4(args)), nibbles->plan());
   }
 
   template <class F> void with(F f) {
     if (wide) f(*wide);
     else if (half) f(*half);
-    else f(*bytes);
+    else if (bytes) f(*bytes);
+    else f(*nibbles);
   }
 
   bool in_parts() {
@@ -399,14 +411,26 @@ struct Layers {
       write_plain(static_cast<float *>(l.k), static_cast<float *>(l.v), l, g.block_size, slot, head, k, v);
     else if (g.kind == 1)
       write_plain(static_cast<uint16_t *>(l.k), static_cast<uint16_t *>(l.v), l, g.block_size, slot, head, k, v);
-    else
-      attention::write8(static_cast<uint8_t *>(l.k) +
-                            (slot / g.block_size * l.kv_heads + head) * attention::head_bytes8(l.dim, g.block_size),
-                        l.dim, g.block_size, slot % g.block_size, k, v);
+    else write_codes(static_cast<uint8_t *>(l.k), g.kind == 2 ? 8 : 4, l.kv_heads, l.dim, g.block_size, slot, head, k, v);
   }
 };
 
 inline uint32_t members(int64_t threads) { return uint32_t(std::min(std::max<int64_t>(threads, 1), MAX_MEMBERS)); }
+
+// One layer's attention over pages of codes.
+template <class Kind> int attend(MillstreamAttention args) {
+  if (args.num_threads > 1) args.parallel = [](void (*)(void *), void *, unsigned, unsigned) {};
+  Kind pages(args);
+  if (pages.plan() != 0) return -1;
+  struct Job {
+    Kind &pages;
+    std::atomic<int> next;
+  } job{pages, {0}};
+  pool::team().run([](void *self, uint32_t, uint32_t) { static_cast<Job *>(self)->pages.work(static_cast<Job *>(self)->next); },
+                   &job, members(pages.threads));
+  pages.join();
+  return 0;
+}
 
 } // namespace
 
@@ -549,42 +573,28 @@ int millstream_product(const MillstreamProduct *p) {
   return 0;
 }
 
-// 0, or -1 when a slot lies beyond the pages; nothing is written then. A negative slot is passed over.
-int millstream_kv_write8(const MillstreamWrite8 *w) {
+// 0, or -1 when a slot lies beyond the pages; nothing is written then. A negative slot is passed over. `bits` 8 or 4.
+int millstream_kv_write_codes(const MillstreamWriteCodes *w) {
   for (int64_t t = 0; t < w->num_tokens; t++)
     if (w->slots[t] >= w->num_blocks * w->block_size) return -1;
   for (int64_t t = 0; t < w->num_tokens; t++) {
     if (w->slots[t] < 0) continue;
     for (int64_t h = 0; h < w->kv_heads; h++)
-      attention::write8(w->pages + (w->slots[t] / w->block_size * w->kv_heads + h) *
-                                       attention::head_bytes8(w->dim, w->block_size),
-                        w->dim, w->block_size, w->slots[t] % w->block_size, w->k + t * w->k_token_stride + h * w->k_head_stride,
-                        w->v + t * w->v_token_stride + h * w->v_head_stride);
+      write_codes(w->pages, w->bits, w->kv_heads, w->dim, w->block_size, w->slots[t], h,
+                  w->k + t * w->k_token_stride + h * w->k_head_stride, w->v + t * w->v_token_stride + h * w->v_head_stride);
   }
   return 0;
 }
 
 // 0, or -1 when a row needs a block that is not one of the pages, or has fewer tokens than queries.
-int millstream_attention8(const MillstreamAttention *a) {
-  MillstreamAttention args = *a;
-  if (args.num_threads > 1) args.parallel = [](void (*)(void *), void *, unsigned, unsigned) {};
-  attention::Int8 pages(args);
-  if (pages.plan() != 0) return -1;
-  struct Job {
-    attention::Int8 &pages;
-    std::atomic<int> next;
-  } job{pages, {0}};
-  pool::team().run([](void *self, uint32_t, uint32_t) { static_cast<Job *>(self)->pages.work(static_cast<Job *>(self)->next); },
-                   &job, members(pages.threads));
-  pages.join();
-  return 0;
-}
+int millstream_attention8(const MillstreamAttention *a) { return attend<attention::Int8>(*a); }
+int millstream_attention4(const MillstreamAttention *a) { return attend<attention::Int4>(*a); }
 
 // Sizes of the argument structs: the caller checks that it sees the same ones.
 int64_t millstream_program_abi(int which) {
   const int64_t sizes[] = {sizeof(MillstreamMatrix), sizeof(MillstreamNorm), sizeof(MillstreamGroup),
                            sizeof(MillstreamRope),   sizeof(MillstreamLayer), sizeof(MillstreamStep),
-                           sizeof(MillstreamHead),   sizeof(MillstreamProduct), sizeof(MillstreamWrite8),
+                           sizeof(MillstreamHead),   sizeof(MillstreamProduct), sizeof(MillstreamWriteCodes),
                            sizeof(MillstreamAttention)};
   return which >= 0 && which < 10 ? sizes[which] : -1;
 }

@@ -16,10 +16,15 @@ from millstream.ops.cpu import build
 from millstream.ops.table import Refusal
 
 ACTIVATIONS = {"silu": 0, "gelu-tanh": 1, "gelu": 2}
-PLAIN_PAGES = {torch.float32: 0, torch.bfloat16: 1}
-BYTE_PAGES = 2
 # How a matrix lies in its stream: `ops/ref/blocks.py`, `ops/ref/channel.py`.
 BLOCKS, CHANNEL = 0, 1
+# By the layout of pages and the type of what they hold.
+PAGES = {
+    ("k-transposed", torch.float32): 0,
+    ("k-transposed", torch.bfloat16): 1,
+    ("int8-blocks", torch.uint8): 2,
+    ("int4-blocks", torch.uint8): 3,
+}
 
 
 class Matrix(ctypes.Structure):
@@ -84,17 +89,17 @@ class Product(ctypes.Structure):
     )
 
 
-class Write8(ctypes.Structure):
+class WriteCodes(ctypes.Structure):
     _fields_ = [(n, c_void_p) for n in ("pages", "slots", "k", "v")] + [
         (n, c_int64)
         for n in (
             *("k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride"),
-            *("num_tokens", "num_blocks", "block_size", "kv_heads", "dim"),
+            *("num_tokens", "num_blocks", "block_size", "kv_heads", "dim", "bits"),
         )
     ]
 
 
-_STRUCTS = (Matrix, Norm, Group, Rope, Layer, Step, Head, Product, Write8)
+_STRUCTS = (Matrix, Norm, Group, Rope, Layer, Step, Head, Product, WriteCodes)
 
 
 def library() -> ctypes.CDLL:
