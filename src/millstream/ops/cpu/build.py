@@ -121,6 +121,8 @@ def build(source: Path, directory: Path, compiler: str | None = None, extra: tup
                 command = [program, *FLAGS, *machine, *extra, str(source), "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_LIMIT_S, check=False)
                 if done.returncode == 0:
+                    if said and platform.machine() == "x86_64":
+                        _warn_slow(source.name, said)
                     os.replace(made, target)
                     return target
                 said = said or done.stderr
@@ -182,6 +184,16 @@ def _load(path: Path) -> ctypes.CDLL:
         # A damaged file: the next start builds it anew.
         path.unlink(missing_ok=True)
         raise KernelError(f"{path} does not load: {error}") from error
+
+
+def _warn_slow(name: str, said: str) -> None:
+    """A kernel for any CPU of its kind runs at a tenth of the speed: nobody should wonder why."""
+    warnings.warn(
+        f"{name} is built for any CPU of this kind, which is much slower: for this one the compiler refused with "
+        f"{said.strip()[:300]}",
+        KernelWarning,
+        stacklevel=4,
+    )
 
 
 def _warn_once(error: KernelError) -> None:

@@ -175,6 +175,53 @@ inline void channel_rows(int64_t n, const uint8_t *codes, int64_t count, const i
   channel_multiply<R>(codes, count, q, stride, sums);
 }
 
+#if MILLSTREAM_TILES
+// Tiles of rows times some runs, an even number of them, added to sums (rows, WIDE * PANEL): both panels at once, for two
+// tiles of rows or for one.
+inline void channel_tiles(int64_t rows, const uint8_t *codes, int64_t count, const int8_t *q, int64_t stride, int32_t *sums) {
+  constexpr int64_t TALL = tiles::HEIGHT, NEXT = TALL * PAIR;
+  tiles::take(tiles::WHOLE);
+  int64_t r = 0;
+  for (; r + 2 * TALL <= rows; r += 2 * TALL) {
+    int32_t *const to = sums + r * PAIR;
+    _tile_loadd(4, to, PAIR * 4);
+    _tile_loadd(5, to + PANEL, PAIR * 4);
+    _tile_loadd(6, to + NEXT, PAIR * 4);
+    _tile_loadd(7, to + NEXT + PANEL, PAIR * 4);
+    for (int64_t g = 0; g < count; g += 2) {
+      const uint8_t *code = codes + g * STEPS * STEP_BYTES;
+      _tile_loadd(0, q + r * stride + g * RUN, stride);
+      _tile_loadd(2, code, STEP_BYTES);
+      _tile_dpbsud(4, 0, 2);
+      _tile_loadd(3, code + 64, STEP_BYTES);
+      _tile_dpbsud(5, 0, 3);
+      _tile_loadd(1, q + (r + TALL) * stride + g * RUN, stride);
+      _tile_dpbsud(6, 1, 2);
+      _tile_dpbsud(7, 1, 3);
+    }
+    _tile_stored(4, to, PAIR * 4);
+    _tile_stored(5, to + PANEL, PAIR * 4);
+    _tile_stored(6, to + NEXT, PAIR * 4);
+    _tile_stored(7, to + NEXT + PANEL, PAIR * 4);
+  }
+  for (; r < rows; r += TALL) {
+    int32_t *const to = sums + r * PAIR;
+    _tile_loadd(4, to, PAIR * 4);
+    _tile_loadd(5, to + PANEL, PAIR * 4);
+    for (int64_t g = 0; g < count; g += 2) {
+      const uint8_t *code = codes + g * STEPS * STEP_BYTES;
+      _tile_loadd(0, q + r * stride + g * RUN, stride);
+      _tile_loadd(2, code, STEP_BYTES);
+      _tile_dpbsud(4, 0, 2);
+      _tile_loadd(3, code + 64, STEP_BYTES);
+      _tile_dpbsud(5, 0, 3);
+    }
+    _tile_stored(4, to, PAIR * 4);
+    _tile_stored(5, to + PANEL, PAIR * 4);
+  }
+}
+#endif
+
 // A product of either kind shared out over threads, in the units of `Product`.
 template <class Put> struct AnyProduct {
   const MillstreamMatrix &w;
@@ -191,7 +238,6 @@ template <class Put> struct AnyProduct {
     if (w.kind != CHANNEL) return blocked().unit(number);
     const int64_t pair = number % pairs(), block = number / pairs();
     const int64_t first = block * rows / blocks(), n = (block + 1) * rows / blocks() - first;
-    const int64_t tiles = (n + TILE - 1) / TILE;
     alignas(64) static thread_local int32_t sums[ROWS * PAIR];
     alignas(64) static thread_local uint8_t slab[CHANNEL_SLAB * STEPS * STEP_BYTES];
     std::memset(sums, 0, size_t(n * PAIR) * sizeof(int32_t));
@@ -199,8 +245,14 @@ template <class Put> struct AnyProduct {
     for (int64_t from = 0; from < x.runs; from += CHANNEL_SLAB) {
       const int64_t count = std::min(CHANNEL_SLAB, x.runs - from);
       const uint8_t *codes = channel_codes(w, stream, from, count, slab);
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t row = t * n / tiles, height = (t + 1) * n / tiles - row, at = first + row;
+      // A tile takes two runs at once.
+      const int64_t by_tiles = count % 2 ? 0 : tiled(n), rest = n - by_tiles, parts = (rest + TILE - 1) / TILE;
+#if MILLSTREAM_TILES
+      channel_tiles(by_tiles, codes, count, x.q + (first * x.runs + from) * RUN, x.runs * RUN, sums);
+#endif
+      for (int64_t t = 0; t < parts; t++) {
+        const int64_t row = by_tiles + t * rest / parts, height = by_tiles + (t + 1) * rest / parts - row;
+        const int64_t at = first + row;
         channel_rows<TILE>(height, codes, count, x.q + (at * x.runs + from) * RUN, x.runs * RUN, sums + row * PAIR);
       }
     }

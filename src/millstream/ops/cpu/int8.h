@@ -19,6 +19,8 @@
 #include <immintrin.h>
 #endif
 
+#include "tiles.h"
+
 namespace int8 {
 
 constexpr int RUN = 32, PANEL = 16, STEPS = RUN / 4;
@@ -137,7 +139,8 @@ struct Rows {
   int64_t runs;
 };
 
-// One row of x to 8 bits: each run by its largest value. What lies beyond `inputs` becomes zero.
+// One row of x to 8 bits: each run by its largest value. What lies beyond `inputs` becomes zero. A run that holds a NaN has
+// the scale NaN: what it is multiplied into must not look sound.
 inline void quantize_row(const float *x, int64_t inputs, int8_t *q, float *scale, float *sum) {
   int64_t g = 0;
 #if defined(__AVX512F__)
@@ -149,7 +152,7 @@ inline void quantize_row(const float *x, int64_t inputs, int8_t *q, float *scale
     const __m512i i = _mm512_cvtps_epi32(_mm512_mul_ps(a, by)), j = _mm512_cvtps_epi32(_mm512_mul_ps(b, by));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(q + g * RUN), _mm512_cvtsepi32_epi8(i));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(q + g * RUN + 16), _mm512_cvtsepi32_epi8(j));
-    scale[g] = most / 127.0f;
+    scale[g] = _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) ? NAN : most / 127.0f;
     sum[g] = float(_mm512_reduce_add_epi32(_mm512_add_epi32(i, j)));
   }
 #endif
@@ -157,15 +160,16 @@ inline void quantize_row(const float *x, int64_t inputs, int8_t *q, float *scale
     const int64_t n = std::min<int64_t>(RUN, inputs - g * RUN);
     const float *at = x + g * RUN;
     float most = 0.0f;
-    for (int64_t i = 0; i < n; i++) most = std::max(most, std::fabs(at[i]));
+    bool sound = true;
+    for (int64_t i = 0; i < n; i++) most = std::max(most, std::fabs(at[i])), sound &= at[i] == at[i];
     const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
     int32_t total = 0;
     for (int64_t i = 0; i < RUN; i++) {
-      const int32_t value = i < n ? int32_t(std::nearbyint(at[i] * inverse)) : 0;
+      const int32_t value = i < n && sound ? int32_t(std::nearbyint(at[i] * inverse)) : 0;
       q[g * RUN + i] = int8_t(value);
       total += value;
     }
-    scale[g] = most / 127.0f;
+    scale[g] = sound ? most / 127.0f : NAN;
     sum[g] = float(total);
   }
 }
@@ -282,6 +286,60 @@ inline void multiply_rows(int64_t n, const Slab &slab, int64_t count, const int8
   multiply<R>(slab, count, q, scale, sum, runs, y);
 }
 
+#if MILLSTREAM_TILES
+// What `multiply` adds, for 16 rows: the dot products of four runs by tiles, then their floats, a panel at a time.
+inline void multiply_tile(const Slab &slab, int64_t count, const int8_t *q, const float *scale, const float *sum,
+                          int64_t runs, float *y) {
+  tiles::take(tiles::NARROW);
+  alignas(64) int32_t dots[4][tiles::HEIGHT * PANEL];
+  for (int c = 0; c < WIDE; c++) {
+    Vec total[tiles::HEIGHT];
+#pragma GCC unroll 16
+    for (int r = 0; r < tiles::HEIGHT; r++) total[r] = load(y + (r * WIDE + c) * PANEL);
+    const auto add = [&](int64_t g, const int32_t *dot) __attribute__((always_inline)) {
+      const Vec d = load(slab.d[g][c]), m = load(slab.m[g][c]);
+#pragma GCC unroll 16
+      for (int r = 0; r < tiles::HEIGHT; r++) {
+        // A product of a whole number below 2^24 is rounded once here, as it is in `scaled`.
+        Vec t = (Vec)_mm512_cvtepi32_ps(_mm512_load_si512(dot + r * PANEL)) * d;
+        t = fma(m, splat(sum[r * runs + g]), t);
+        total[r] = fma(t, splat(scale[r * runs + g]), total[r]);
+      }
+    };
+    // The number of a tile is part of its instruction.
+#define MILLSTREAM_DOTS(g, A, B, SUMS, to)    \
+  _tile_zero(SUMS);                           \
+  _tile_loadd(A, q + (g) * RUN, runs * RUN);  \
+  _tile_loadd(B, slab.codes[g][c][0], 64);    \
+  _tile_dpbsud(SUMS, A, B);                   \
+  _tile_stored(SUMS, to, 64);
+    int64_t g = 0;
+    for (; g + 4 <= count; g += 4) {
+      MILLSTREAM_DOTS(g, 0, 1, 4, dots[0])
+      MILLSTREAM_DOTS(g + 1, 2, 3, 5, dots[1])
+      MILLSTREAM_DOTS(g + 2, 0, 1, 6, dots[2])
+      MILLSTREAM_DOTS(g + 3, 2, 3, 7, dots[3])
+      for (int i = 0; i < 4; i++) add(g + i, dots[i]);
+    }
+    for (; g < count; g++) {
+      MILLSTREAM_DOTS(g, 0, 1, 4, dots[0])
+      add(g, dots[0]);
+    }
+#undef MILLSTREAM_DOTS
+#pragma GCC unroll 16
+    for (int r = 0; r < tiles::HEIGHT; r++) store(y + (r * WIDE + c) * PANEL, total[r]);
+  }
+}
+#endif
+
+// How many of some rows are multiplied by tiles: those that fill them.
+inline int64_t tiled([[maybe_unused]] int64_t rows) {
+#if MILLSTREAM_TILES
+  if (tiles::Scope::on()) return rows / tiles::HEIGHT * tiles::HEIGHT;
+#endif
+  return 0;
+}
+
 // A product shared out over threads: unit after unit of WIDE panels for some rows. `put(row, output, count, sums)` takes
 // each row's finished sums, bias added.
 template <class Put> struct Product {
@@ -297,15 +355,24 @@ template <class Put> struct Product {
   void unit(int64_t number) const {
     const int64_t width = WIDE * PANEL, pair = number % pairs(), block = number / pairs();
     const int64_t first = block * rows / blocks(), n = (block + 1) * rows / blocks() - first;
-    const int64_t tiles = (n + TILE - 1) / TILE;
+    // Whole tiles first, where there are any.
+    const int64_t by_tiles = tiled(n), rest = n - by_tiles, parts = (rest + TILE - 1) / TILE;
     alignas(64) static thread_local float y[(ROWS + 1) * WIDE * PANEL];
     static thread_local Slab slab;
     std::memset(y, 0, size_t(n * width) * sizeof(float));
     for (int64_t from = 0; from < x.runs; from += SLAB) {
       const int64_t count = std::min(SLAB, x.runs - from);
       expand(w, pair, from, count, slab);
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t row = t * n / tiles, height = (t + 1) * n / tiles - row, at = first + row;
+#if MILLSTREAM_TILES
+      for (int64_t row = 0; row < by_tiles; row += tiles::HEIGHT) {
+        const int64_t at = first + row;
+        multiply_tile(slab, count, x.q + (at * x.runs + from) * RUN, x.scale + at * x.runs + from,
+                      x.sum + at * x.runs + from, x.runs, y + row * width);
+      }
+#endif
+      for (int64_t t = 0; t < parts; t++) {
+        const int64_t row = by_tiles + t * rest / parts, height = by_tiles + (t + 1) * rest / parts - row;
+        const int64_t at = first + row;
         multiply_rows<TILE>(height, slab, count, x.q + (at * x.runs + from) * RUN, x.scale + at * x.runs + from,
                       x.sum + at * x.runs + from, x.runs, y + row * width);
       }

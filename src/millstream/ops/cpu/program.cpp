@@ -270,6 +270,7 @@ struct Layers {
   }
 
   void work(uint32_t member) {
+    const tiles::Scope scope;
     const int64_t tokens = step.num_tokens, width = step.width;
     std::atomic<int64_t> *next = taken.data();
     // All members do the same phases in the same order, so each finds the same counters.
@@ -485,6 +486,7 @@ int millstream_head(const MillstreamHead *h) {
   if (lay_out_head(*h, static_cast<char *>(h->scratch), job.rows, job.place, job.most) > h->scratch_bytes) return -2;
   pool::team().run(
       [](void *self, uint32_t member, uint32_t size) {
+        const tiles::Scope scope;
         Job &job = *static_cast<Job *>(self);
         const MillstreamHead &h = job.h;
         const int8::Rows &rows = job.rows;
@@ -555,6 +557,7 @@ int millstream_product(const MillstreamProduct *p) {
   Job job{*p, arena.rows(p->rows, p->matrix.inputs), std::vector<std::atomic<int64_t>>(2 * size), {}};
   pool::team().run(
       [](void *self, uint32_t member, uint32_t size) {
+        const tiles::Scope scope;
         Job &job = *static_cast<Job *>(self);
         const MillstreamProduct &p = job.p;
         const int8::Rows &rows = job.rows;
