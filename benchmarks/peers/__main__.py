@@ -95,9 +95,12 @@ def main() -> int:
             except (NotInstalled, WorkerFailed) as error:
                 results.absent[name] = str(error)
                 note(f"{name}: {error}")
-        run_rounds(workers, todo, pool, args.repeats, results, args.seed, note)
-        if args.perplexity:
-            perplexity(stack, workers, bench, pool, args.perplexity, results)
+        try:
+            run_rounds(workers, todo, pool, args.repeats, results, args.seed, note)
+            if args.perplexity:
+                perplexity(stack, workers, bench, pool, args.perplexity, results)
+        except KeyboardInterrupt:
+            note("interrupted: the table has what was measured before")
 
     made = report.rows(results, engines)
     titles, lines = report.table(made, engines)
@@ -154,6 +157,6 @@ def perplexity(
 
 
 if __name__ == "__main__":
-    # Ended from outside it still ends its workers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Ended from outside it still ends its workers, and tells what it has.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -121,7 +121,7 @@ class Worker:
     def __init__(
         self, name: str, command: Sequence[str], setup: Mapping[str, Any], log: Path, env: Mapping[str, str]
     ) -> None:
-        self.name, self._log, self._closed = name, log, False
+        self.name, self._log, self._closed, self._idle = name, log, False, False
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
@@ -151,6 +151,7 @@ class Worker:
     def ask(self, limit_s: float = 600.0, **what: Any) -> dict[str, Any]:
         """One command, answered. Raises WorkerFailed, after which the worker is of no more use."""
         self._signal(signal.SIGCONT)
+        self._idle = False
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(what).encode() + b"\n")
@@ -171,8 +172,9 @@ class Worker:
             return
         self._closed = True
         self._signal(signal.SIGCONT)
+        # One that is in the midst of something will not hear it.
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            self._process.communicate(b'{"do": "stop"}\n', timeout=20)
+            self._process.communicate(b'{"do": "stop"}\n', timeout=5 if self._idle else 0.1)
         # Its group outlives it when the engine left processes of its own behind.
         self._signal(signal.SIGKILL)
         self._process.wait()
@@ -195,6 +197,7 @@ class Worker:
                 raise WorkerFailed(f"{self.name} ended: {self._last_words()}")
             self._held += read
         line, _, self._held = self._held.partition(b"\n")
+        self._idle = True
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerFailed(f"{self.name}: {answer['error']}")

@@ -15,6 +15,7 @@ class Millstream:
 
         import millstream
         from millstream import LLM, SamplingParams
+        from millstream.engine.resolve import kv_choice
 
         imported()
         torch.set_num_threads(setup["threads"])
@@ -27,7 +28,8 @@ class Millstream:
             runner={"threads": setup["threads"]},
         )
         self._params = SamplingParams
-        config = self._llm.assembled.resolved.config
+        resolved = self._llm.assembled.resolved
+        budget = next((one.value for one in resolved.decisions if one.name == "sched.step_tokens"), "as configured")
         precision = "float32"
         if weights == "blocks":
             precision = f"{self._llm.assembled.source.quantization} as stored, activations and KV int8"
@@ -35,7 +37,7 @@ class Millstream:
             "engine": "millstream",
             "version": millstream.__version__,
             "precision": precision,
-            "set": f"step_tokens {config.sched.step_tokens}, KV {config.cache.kv}",
+            "set": f"step_tokens {budget}, KV {kv_choice(resolved.config)[0]}",
         }
 
     def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> list[list[int]]:

@@ -35,12 +35,16 @@ class OpenVino:
             setup["path"], scheduler_config=scheduler, device="CPU", properties=properties
         )
         core = openvino.Core()
+        kv, computes, group = (
+            core.get_property("CPU", name)
+            for name in ("KV_CACHE_PRECISION", "INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+        )
         self.told = {
             "engine": "openvino-genai",
             "version": genai.__version__,
             "precision": PRECISIONS[setup["precision"]],
             "set": f"max_num_batched_tokens {scheduler.max_num_batched_tokens}, "
-            f"KV {core.get_property('CPU', 'KV_CACHE_PRECISION').get_type_name()}",
+            f"activations int8 in groups of {group}, else {computes.get_type_name()}, KV {kv.get_type_name()}",
         }
 
     def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> list[list[int]]:
