@@ -510,3 +510,45 @@ def test_the_embedded_model_knows_the_capital_of_france(told):
     found = told("complete", "smollm2-135m", "The capital of France is", "--temperature", "0", "--max-tokens", "8")
     assert "Paris" in found["outputs"][0]["text"]
     assert told("show", "smollm2-135m")["chat_template"] is True
+
+
+def test_quantize_makes_a_folder_that_answers_and_explains_itself(model, told, tmp_path, capsys):
+    text = tmp_path / "t.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, " * 40)
+    words = ("--text", str(text), "--samples", "4", "--length", "64")
+    for form in ("w4a8", "w8a8"):
+        folder = tmp_path / form
+        made = told("quantize", model, "--format", form, "--out", str(folder), *words)
+        assert made["format"] == form and made["head"] == "block8" and made["path"] == str(folder)
+        assert made["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+        explained = told("explain", str(folder))
+        assert set(explained["weights"]) == {form, "block8"} and explained["stored_as"] == form
+        read = told("explain", str(folder), "--no-load")
+        assert read["memory"]["weights_bytes"] < told("explain", model, "--no-load")["memory"]["weights_bytes"] / 2
+        answer = ("complete", str(folder), "the quick", "--max-tokens", "5", "--temperature", "0")
+        first, again = told(*answer), told(*answer)
+        assert first["outputs"] == again["outputs"] and first["outputs"]
+    assert main(["quantize", model, "--out", str(tmp_path / "rtn"), "--rtn"]) == 0
+    out, err = capsys.readouterr()
+    assert "w4a8" in out and "layers 2 of 2" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--format", "w4a9"), "'w4a8'"),
+        (("--group", "half"), "multiples of 32"),
+        (("--group", "64"), "do not divide 32 inputs"),
+        (("--format", "w8a8", "--group", "64"), "no groups"),
+        (("--text", "nowhere.txt"), "nowhere.txt"),
+        (("--samples", "9999999"), "tokens"),
+        (("--out", "."), "exists already"),
+    ],
+)
+def test_quantize_says_what_is_wrong_and_leaves_nothing(model, tmp_path, monkeypatch, capsys, words, match):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("word " * 50)
+    given = ("--out", "made", "--text", "t.txt", "--samples", "1", "--length", "16")
+    assert main(["quantize", model, *given, *words]) == 1
+    assert match in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["t.txt"]

@@ -20,7 +20,7 @@ import conftest
 from millstream.core import registry
 from millstream.formats.kv import _coded
 from millstream.formats.kv.plain import device
-from millstream.ops.cpu import blocks, kv_write, kv_write_codes, linear
+from millstream.ops.cpu import blocks, channel, kv_write, kv_write_codes, linear
 from millstream.ops import cases
 from millstream.ops.cases.attention import CASES
 from millstream.ops.cpu import build
@@ -37,10 +37,13 @@ for case in CASES:
     for kv in ("int8", "int4") if case.page_dtype == "float32" else ():
         conftest.lay_out(case, kv).whole(registry.make("attention", "cpu-" + kv))
 import paged, support
-from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import build as build_decoder
-for name in ("tiny-llama", "tiny-gemma"):
-    decoder = build_decoder(*to_blocks(*support.tiny_tensors(name), "block4"))
+from millstream.models.quantize.recipe import Recipe
+from millstream.models.quantize.run import quantize
+for name, form, head in (
+    ("tiny-llama", "block4", "block8"), ("tiny-gemma", "block4", "block8"), ("tiny-gemma", "w4a8", "w8a8")
+):
+    decoder = build_decoder(*quantize(*support.tiny_tensors(name), Recipe.plain(form, head=head)))
     tokens = [(7 * i) % 190 + 3 for i in range(70)]
     for kv, attention in (("plain", "cpu-paged"), ("int8", "cpu-int8"), ("int4", "cpu-int4")):
         row = paged.Row(decoder, 70, attention, kv)

@@ -344,7 +344,9 @@ class ModelSpec:
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of all weights when what has no format of its own is kept in `dtype`."""
         size = dtype_bytes(dtype)
-        total = self.vocab_size * self.width * size + self.final_norm.width * size
+        # An embedding that is not dense is in the head's format.
+        bits = self.head.bits if self.embed_format != "dense" and self.head.bits is not None else 8.0 * size
+        total = math.ceil(self.vocab_size * self.width * bits / 8) + self.final_norm.width * size
         total += sum(norm.width for layer in self.layers for _, norm in layer.norms()) * size
         return total + sum(linear.weight_bytes(dtype) for _, linear in self.linears())
 

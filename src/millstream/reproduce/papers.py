@@ -239,6 +239,7 @@ PAPERS: tuple[Paper, ...] = (
         "QServe",
         "QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM Serving",
         "formats/weights, formats/kv",
+        built_in="`millstream quantize MODEL --out DIR`",
     ),
     Paper(
         28,

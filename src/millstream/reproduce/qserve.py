@@ -17,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +227,9 @@ class QServe(Experiment):
 
         decoders = {arm: self.models[arm].built.runner.decoder for arm in SERVED}
         decoders["w4a8-rtn"] = load_model(open_source(self.paths["w4a8-rtn"])).decoder
-        smooth = dict(self.floats)
-        from millstream.models.quantize.recipe import Recipe
-
-        # By the same windows as QoQ's own; the only piece that touches keys.
-        recipe = Recipe(**{**Recipe.plain("w4a8").said(), "smooth_attention": True, "samples": self.qoq.samples})
+        # The piece that is about keys, alone, by the same windows.
+        off = dict.fromkeys(("smooth_outputs", "reorder", "clip", "gptq"), False)
+        recipe, smooth = replace(self.qoq, **off), dict(self.floats)
         for index, weights, _ in changed(self.spec, self.floats, recipe, self.calibration):
             smooth |= {f"layers.{index}.{name}": tensor for name, tensor in weights.items()}
         decoders["kv-alone"], decoders["kv-smooth"] = build(self.spec, self.floats), build(self.spec, smooth)

@@ -53,14 +53,14 @@ def contexts(decoder: Decoder, length: int, kv: str = "plain") -> StepContext:
     `kv` names the format of the pages.
     """
     spec, formats = decoder.spec, registry.make("kv", kv, device=True)
-    num_blocks = -(-length // BLOCK)
+    num_blocks, dtype = -(-length // BLOCK), str(decoder.dtype).removeprefix("torch.")
     pages, backends = {}, {}
     for group in spec.groups:
-        held = formats.allocate(group, num_blocks, BLOCK, "float32")
+        held = formats.allocate(group, num_blocks, BLOCK, dtype)
         mixer = next(layer.mixer for layer in spec.layers if layer.mixer.group == group.name)
         ask = AttentionAsk(
             device="cpu",
-            dtype="float32",
+            dtype=dtype,
             page_dtype=str(held.dtype).removeprefix("torch."),
             page_layout=held.layout,
             query_heads=mixer.heads,
