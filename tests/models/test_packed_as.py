@@ -18,7 +18,7 @@ ATOL, MEAN_ERROR = 1e-4, 0.05
 FORMS = ("fp6-e3m2", "fp6-e2m3", "fp5-e2m2", "block8")
 
 
-@pytest.fixture(params=("llama", "gemma3", "mixtral"))
+@pytest.fixture(params=("llama", "qwen2", "gemma3", "mixtral"))
 def source(request, tmp_path, monkeypatch):
     monkeypatch.setenv("MILLSTREAM_HOME", str(tmp_path / "home"))
     case = next(one for one in tiny.CASES if one.family == request.param)

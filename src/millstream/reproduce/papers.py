@@ -67,6 +67,7 @@ SWITCHES: Mapping[str, str] = {
     "meter": "sched.meters",
     "prefix": "cache.prefix",
     "kv": "cache.kv",
+    "weights": "model.weights",
     "decode": "decode",
     "attention": "runner.attention",
 }

@@ -13,7 +13,8 @@ CARD = Card(
     "5-bit floats e2m2 with a scale for each output, multiplied as they are read.",
     paper=32,
     lossless=False,
-    error="each weight is off by at most 1/8 of itself, small ones by 1/56 of the largest of their output",
+    error="each weight is off by at most 1/8 of itself, small ones by 1/56 of the largest of their output: "
+    "perplexity +16 % on SmolLM2-135M",
 )
 
 

@@ -14,7 +14,8 @@ CARD = Card(
     summary="Keys and values in 4 bits, a scale and a zero for each token and head; unpacked in registers.",
     paper=27,
     lossless=False,
-    error="each value is off by at most 1/30 of the range of its token and head",
+    error="each value is off by 1/30 of the range of its token and head: perplexity +11 % on SmolLM2-135M, six-fold on "
+    "Gemma 3 270M, all of it from keys, which SmoothAttention is for",
 )
 
 
