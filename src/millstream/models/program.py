@@ -91,7 +91,7 @@ class Program:
                 embed, None if tokens is None else tokens.data_ptr(), layout.positions.data_ptr(),
                 layout.query_start.data_ptr(), layout.seq_lens.data_ptr(), x.data_ptr(), None,
                 lo, hi, len(self._groups), x.shape[0], layout.num_rows, x.shape[1],
-                0, torch.get_num_threads(), decoder._embed.scale,
+                0, torch.get_num_threads(), decoder._embed.scale, layout.prefix_levels,
             )  # fmt: skip
             self._scratch.call("layers", args)
         for name, group in step.groups.items():

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+# As many levels of shared prefixes as there are.
+ALL_LEVELS = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
@@ -30,6 +33,9 @@ class BatchLayout:
     `query_start` (S + 1,) int32; `positions` (T,) int64, those of the new tokens;
     `seq_lens` (S,) int32: tokens a row attends over, the new ones counted; `block_size` tokens a block.
     The new tokens of a row are always the last ones of its `seq_lens`.
+
+    `prefix_levels`: of the tree that the rows' block tables make, how many levels may be read once for all rows that
+    share them, where a backend can and where it pays. 0: each row reads its own. The results are the same to the bit.
     """
 
     query_start: torch.Tensor
@@ -39,6 +45,7 @@ class BatchLayout:
     block_size: int
     max_query: int
     max_seq: int
+    prefix_levels: int = ALL_LEVELS
 
     @property
     def num_rows(self) -> int:

@@ -8,6 +8,12 @@
 //   - SEGMENT keys make one state, begun afresh; the states of segments are merged from the first to the last.
 // Segments let several threads share one long row. Everything masked contributes an exact zero and a factor of exactly
 // one, so it makes no difference whether a tile was skipped or walked for the sake of a neighbouring query.
+//
+// Rows that hold the same blocks share the walk over them (Hydragen, sections 3.1 to 3.3; RelayAttention, section 3.2):
+// a branch is a run of tiles of one segment that several rows see whole. Their queries walk it together, which is a
+// product of matrices where each row alone had one of a vector; the state of each query is put aside, and its row goes
+// on from there, or merges it in its turn, as if it had come that way alone. So no bit changes. Branches that begin
+// where others end are the levels of a tree.
 #pragma once
 
 #include <atomic>
@@ -26,6 +32,11 @@ constexpr int GROUPS = TILE / LANES;
 constexpr int SEGMENT = 512;
 constexpr int TOKENS_MAX = 32;  // query rows of one work item: enough to reuse a tile of K and V out of the first cache
 constexpr int BATCH = 6;        // query rows in registers at once
+// Putting one query's state aside and taking it up again takes about as long as ASIDE keys for it; one more wave of work
+// about as long as WAVE keys times the head dimension.
+constexpr int64_t ASIDE = 16;
+constexpr int64_t WAVE = 100000;
+constexpr int64_t ASIDE_BYTES = 64 << 20; // for states put aside; what is shared beyond is read row by row
 constexpr float EMPTY = -1e30f; // stands for "no key seen": finite, so that differences stay numbers
 #if defined(__AVX512F__)
 constexpr int WIDE = 4; // vectors of LANES in registers at once: 4 x 6 accumulators of 32 registers
@@ -223,6 +234,7 @@ struct MillstreamAttention {
   int64_t window; // 0: none
   int64_t num_threads;
   int64_t page_bits; // 32 or 16
+  int64_t levels;    // of shared prefixes that rows may walk together; 0: each row walks alone
   float scale, softcap; // softcap 0: none
 };
 
@@ -237,13 +249,29 @@ struct State {
   float *top, *sum, *acc;
 };
 
-// Query rows [begin, begin + rows) of one sequence and kv head, numbered token * ratio + head; segments [from, to).
+// What is done at a time, for some queries of one kv head. Queries of a row are numbered token * ratio + head.
 struct Item {
-  int32_t sequence, kv_head;
-  int32_t begin, rows;
-  int32_t from, to;
-  int32_t part; // its place among the partial states, -1: it finishes its rows itself
+  enum Part : int32_t { ROW, PIECE, TOTAL, BRANCH }; // PIECE: one segment of a row; TOTAL: only merges
+  Part part;
+  int32_t sequence, kv_head; // of a branch: the first of its rows, whose blocks are those of all
+  int32_t begin, rows;       // queries [begin, begin + rows) of the row; of a branch, among `listed`
+  int32_t from, to;          // segments
+  int32_t first, last;       // the first key; of a branch the keys [first, last)
+  int32_t wave;              // begins when all of the waves before it are over
   int64_t cost;
+};
+
+// Keys [from, to), whole tiles of one segment, and the rows that walk them together. `wave` counts the branches before
+// it in its segment, `depth` those from the first key on that have other rows.
+struct Branch {
+  int32_t from, to, wave, depth;
+  int32_t first, count; // among `members`
+  int32_t queries;      // of all its rows, for one kv head
+};
+
+// A query of a branch; its state for kv head h is put aside at slot + h * step.
+struct Listed {
+  int32_t token, head, slot, step;
 };
 
 struct Scratch {
@@ -257,19 +285,34 @@ struct Scratch {
   }
 };
 
-// What is common: who computes which rows over which keys, and how parts become a whole. `Kind` says how the rows of an
-// item are made ready (`pack`) and how one segment of keys becomes a state (`segment`).
+// The keys of one segment that the queries of an item walk, and which of them each sees.
+struct Reach {
+  const int32_t *blocks;
+  int64_t from, to;
+  int64_t low[TOKENS_MAX], high[TOKENS_MAX];
+};
+
+// What is common: who computes which rows over which keys, and how parts become a whole. `Kind` says how the queries of
+// an item are made ready (`pack`) and how they walk over keys (`walk`).
 template <class Kind> struct Shared {
   const Args &a;
   const int64_t ratio, width; // width: head dimension rounded up to whole vectors
-  std::vector<Item> items;
-  std::vector<Item> split; // rows whose segments are items of their own; `part` is the first of them
-  Scratch memory;
-  float *parts = nullptr;
+  std::vector<Item> items;    // wave after wave
+  std::vector<int> ends;      // where each wave ends among the items
+  std::vector<int64_t> costs; // of each wave
+  std::vector<Branch> branches;
+  std::vector<int32_t> members;
+  std::vector<Listed> listed;
+  Scratch &memory;
+  float *aside = nullptr;
+  // By row and segment: where the states of its queries are put aside, -1 if nowhere; up to which key branches walked.
+  std::vector<int32_t> slots, walked;
+  int64_t num_segments = 0, num_slots = 0;
   int threads = 1;
 
-  explicit Shared(const Args &args)
-      : a(args), ratio(args.heads / args.kv_heads), width((args.dim + LANES - 1) / LANES * LANES) {}
+  // `kept` is memory for what is put aside: nobody else's until the last wave is over.
+  Shared(const Args &args, Scratch &kept)
+      : a(args), ratio(args.heads / args.kv_heads), width((args.dim + LANES - 1) / LANES * LANES), memory(kept) {}
 
   const Kind &kind() const { return static_cast<const Kind &>(*this); }
 
@@ -279,111 +322,328 @@ template <class Kind> struct Shared {
 
   int64_t first_key(int64_t position) const { return a.window > 0 ? std::max<int64_t>(0, position - a.window + 1) : 0; }
 
+  int64_t new_tokens(int64_t row) const { return a.query_start[row + 1] - a.query_start[row]; }
+
+  const int32_t *blocks_of(int64_t row) const { return a.block_tables + row * a.table_stride; }
+
+  int32_t slot(int64_t row, int64_t segment) const {
+    return slots.empty() ? -1 : slots[size_t(row * num_segments + segment)];
+  }
+
+  // The first key of a segment that the row walks itself.
+  int64_t begins(int64_t row, int64_t segment) const {
+    return slots.empty() ? segment * SEGMENT
+                         : std::max<int64_t>(segment * SEGMENT, walked[size_t(row * num_segments + segment)]);
+  }
+
   // 0, or -1 when a block that some query must see is not one of the pages.
   int plan() {
-    int64_t total = 0;
-    int32_t longest = 0;
+    int64_t longest = 0;
     for (int64_t s = 0; s < a.num_rows; s++) {
-      const int64_t n = a.query_start[s + 1] - a.query_start[s], length = a.seq_lens[s];
+      const int64_t n = new_tokens(s), length = a.seq_lens[s];
       if (n <= 0) continue;
       if (length < n) return -1;
       for (int64_t b = first_key(length - n) / a.block_size; b * a.block_size < length; b++) {
-        const int32_t block = b < a.table_stride ? a.block_tables[s * a.table_stride + b] : -1;
+        const int32_t block = b < a.table_stride ? blocks_of(s)[b] : -1;
         if (block < 0 || block >= a.num_blocks) return -1;
       }
+      longest = std::max(longest, length);
+    }
+    num_segments = (longest + SEGMENT - 1) / SEGMENT;
+    const int32_t wave = a.levels > 0 && find_branches() ? list_branches() : 0;
+    const size_t num_branched = items.size();
+    int32_t most = 0;
+    for (int64_t s = 0; s < a.num_rows; s++) {
+      const int64_t n = new_tokens(s), length = a.seq_lens[s];
       for (int64_t begin = 0; begin < n * ratio; begin += TOKENS_MAX) {
         const int64_t rows = std::min<int64_t>(TOKENS_MAX, n * ratio - begin);
         const int64_t from = first_key(length - n + begin / ratio);
         const int64_t to = length - n + (begin + rows - 1) / ratio + 1;
         Item item{};
-        item.sequence = int32_t(s), item.begin = int32_t(begin), item.rows = int32_t(rows);
+        item.part = Item::ROW, item.sequence = int32_t(s), item.begin = int32_t(begin), item.rows = int32_t(rows);
         item.from = int32_t(from / SEGMENT), item.to = int32_t((to + SEGMENT - 1) / SEGMENT);
-        item.part = -1;
+        item.first = int32_t(std::min(to - 1, std::max(from, begins(s, item.from)))), item.wave = wave;
+        int64_t keys = 0;
+        int32_t alone = 0; // segments that it walks itself
+        for (int32_t i = item.from; i < item.to; i++) {
+          const int64_t left = std::min<int64_t>(to, (i + 1) * SEGMENT) - std::max(from, begins(s, i));
+          keys += left, alone += left > 0;
+        }
         // Reading a key costs about as much as computing with it for six rows.
-        item.cost = (to - from) * (rows + BATCH);
-        longest = std::max(longest, item.to - item.from);
+        item.cost = keys * (rows + BATCH);
+        most = std::max(most, alone);
         for (int64_t h = 0; h < a.kv_heads; h++) {
           item.kv_head = int32_t(h);
           items.push_back(item);
-          total += item.cost;
         }
       }
     }
+    int64_t total = 0;
+    for (const Item &item : items) total += item.cost;
     threads = total * a.dim < 200000 || !a.parallel ? 1 : int(std::max<int64_t>(1, a.num_threads));
-    if (threads == 1) return 0;
-    if (int64_t(items.size()) < 4 * threads && longest > 1) {
-      std::vector<Item> whole;
-      whole.swap(items);
-      int32_t num_parts = 0;
-      for (const Item &item : whole) {
-        if (item.to - item.from < 2) {
-          items.push_back(item);
-          continue;
-        }
-        split.push_back(item);
-        split.back().part = num_parts;
-        for (int32_t segment = item.from; segment < item.to; segment++) {
-          Item piece = item;
-          piece.from = segment, piece.to = segment + 1, piece.part = num_parts++;
-          piece.cost = item.cost / (item.to - item.from);
-          items.push_back(piece);
-        }
-      }
-      parts = memory.take(size_t(num_parts) * state_floats());
+    if (threads > 1 && most > 1 && int64_t(items.size() - num_branched) < 4 * threads) split(num_branched);
+    if (num_slots > 0) aside = memory.take(size_t(num_slots * slot_floats()));
+    // One thread keeps to the order that memory has.
+    if (threads > 1 || wave > 0)
+      std::stable_sort(items.begin(), items.end(), [this](const Item &x, const Item &y) {
+        return x.wave != y.wave ? x.wave < y.wave : threads > 1 && x.cost > y.cost;
+      });
+    for (size_t i = 0; i < items.size(); i++) {
+      if (ends.size() <= size_t(items[i].wave)) ends.push_back(int(i)), costs.push_back(0);
+      ends.back() = int(i + 1), costs.back() += items[i].cost;
     }
-    std::stable_sort(items.begin(), items.end(), [](const Item &x, const Item &y) { return x.cost > y.cost; });
     return 0;
   }
 
-  void run() {
-    std::atomic<int> next{0};
-    struct Job {
-      const Shared &shared;
-      std::atomic<int> &next;
-    } job{*this, next};
-    if (threads > 1)
-      a.parallel([](void *self) { static_cast<Job *>(self)->shared.work(static_cast<Job *>(self)->next); }, &job,
-                 unsigned(threads), 0);
-    else
-      work(next);
-    join();
-  }
+  int waves() const { return int(ends.size()); }
 
-  // Rows whose segments were items of their own become whole. After all of `work`.
-  void join() const {
-    if (split.empty()) return;
-    static thread_local Scratch kept;
-    const State total = state_at(kept.take(state_floats()));
-    for (const Item &item : split) {
-      clear(total, item.rows);
-      for (int32_t i = 0; i < item.to - item.from; i++)
-        merge(total, state_at(parts + (item.part + i) * state_floats()), item.rows);
-      finish(item, total);
+  // How many threads a wave is worth.
+  int threads_of(int wave) const { return costs[size_t(wave)] * a.dim < 200000 ? 1 : threads; }
+
+  // Rows of several segments become items by segment, and one that merges them. `first` is the first row's item.
+  void split(size_t first) {
+    std::vector<Item> whole(items.begin() + int64_t(first), items.end());
+    items.resize(first);
+    set_slots();
+    for (const Item &item : whole) {
+      if (item.to - item.from < 2) {
+        items.push_back(item);
+        continue;
+      }
+      for (int32_t i = item.from; i < item.to; i++) {
+        give_slots(item.sequence, i);
+        const int64_t upto = a.seq_lens[item.sequence] - new_tokens(item.sequence) + (item.begin + item.rows - 1) / ratio + 1;
+        if (begins(item.sequence, i) >= std::min<int64_t>(upto, (i + 1) * SEGMENT)) continue;
+        Item piece = item;
+        piece.part = Item::PIECE, piece.from = i, piece.to = i + 1;
+        piece.first = int32_t(std::max<int64_t>(item.first, begins(item.sequence, i)));
+        piece.cost = item.cost / (item.to - item.from);
+        items.push_back(piece);
+      }
+      Item total = item;
+      total.part = Item::TOTAL, total.wave++, total.cost = int64_t(item.to - item.from) * item.rows * ASIDE / 2;
+      items.push_back(total);
     }
   }
 
-  // Any number of threads at once, over one counter.
-  void work(std::atomic<int> &next) const {
+  int64_t slot_floats() const { return width + LANES; }
+
+  void set_slots() {
+    if (!slots.empty()) return;
+    slots.assign(size_t(a.num_rows * num_segments), -1);
+    walked.assign(slots.size(), 0);
+  }
+
+  int32_t give_slots(int64_t row, int64_t segment) {
+    int32_t &at = slots[size_t(row * num_segments + segment)];
+    if (at < 0) at = int32_t(num_slots), num_slots += new_tokens(row) * a.heads;
+    return at;
+  }
+
+  // -- branches
+
+  // Whether two rows hold the keys [from, to) in the same blocks.
+  bool together(int64_t x, int64_t y, int64_t from, int64_t to) const {
+    const int64_t first = from / a.block_size, last = (to - 1) / a.block_size;
+    return std::memcmp(blocks_of(x) + first, blocks_of(y) + first, size_t(last - first + 1) * sizeof(int32_t)) == 0;
+  }
+
+  // What all queries of a row see, [low, high), and how it was branched so far.
+  struct Trunk {
+    int64_t low, high;
+    int32_t depth, count;
+  };
+
+  // Finds what rows hold together. False when that is nothing, or too little to be worth it.
+  bool find_branches() {
+    if (a.num_rows < 2) return false;
+    std::vector<Trunk> trunks(size_t(a.num_rows), Trunk{0, 0, 0, 0});
+    int64_t highest = 0, second = 0;
+    for (int64_t s = 0; s < a.num_rows; s++) {
+      const int64_t n = new_tokens(s), length = a.seq_lens[s];
+      // A row of many queries reads a key for as many at a time as it would in company.
+      if (n <= 0 || n * ratio > TOKENS_MAX) continue;
+      trunks[size_t(s)].low = first_key(length - 1);
+      const int64_t high = trunks[size_t(s)].high = length - n + 1;
+      second = std::max(second, std::min(high, highest)), highest = std::max(highest, high);
+    }
+    int64_t gain = 0, put = 0;
+    int32_t last = 0;
+    std::vector<int32_t> rows;
+    for (int64_t from = 0; from + TILE <= second; from += SEGMENT) {
+      rows.clear();
+      for (int64_t s = 0; s < a.num_rows; s++)
+        if (trunks[size_t(s)].low <= from && from + TILE <= trunks[size_t(s)].high) rows.push_back(int32_t(s));
+      if (rows.size() > 1) branch(rows.data(), rows.data() + rows.size(), from, 0, trunks, gain, put);
+    }
+    for (const Branch &b : branches) last = std::max(last, b.wave);
+    if (gain * a.kv_heads * a.dim > WAVE * (last + 1)) return true;
+    branches.clear(), members.clear();
+    return false;
+  }
+
+  // The branches of some rows from the tile at `from` to the end of its segment. Orders the rows.
+  void branch(int32_t *first, int32_t *last, int64_t from, int32_t wave, std::vector<Trunk> &trunks, int64_t &gain,
+              int64_t &put) {
+    const int64_t stop = (from / SEGMENT + 1) * SEGMENT, at = from / a.block_size;
+    const int64_t count = (from + TILE - 1) / a.block_size - at + 1;
+    const auto reaches = [&](int32_t row, int64_t key) { return trunks[size_t(row)].high >= key; };
+    std::sort(first, last, [&](int32_t x, int32_t y) {
+      for (int64_t b = at; b < at + count; b++)
+        if (blocks_of(x)[b] != blocks_of(y)[b]) return blocks_of(x)[b] < blocks_of(y)[b];
+      return x < y;
+    });
+    for (int32_t *run = first, *end; run < last; run = end) {
+      for (end = run + 1; end < last && together(*run, *end, from, from + TILE);) end++;
+      if (end - run < 2) continue;
+      int64_t to = from + TILE;
+      const auto all = [&](int32_t row) { return reaches(row, to + TILE) && together(*run, row, to, to + TILE); };
+      while (to < stop && std::all_of(run, end, all)) to += TILE;
+      Trunk &trunk = trunks[size_t(*run)];
+      const int32_t size = int32_t(end - run), depth = trunk.count == size ? trunk.depth : trunk.depth + 1;
+      int64_t queries = 0;
+      for (int32_t *row = run; row < end; row++) queries += new_tokens(*row) * ratio;
+      const int64_t reads = size - (queries + TOKENS_MAX - 1) / TOKENS_MAX; // that are saved
+      const int64_t worth = (to - from) * reads * BATCH - queries * ASIDE;
+      const int64_t bytes = wave > 0 ? 0 : queries * a.kv_heads * slot_floats() * int64_t(sizeof(float));
+      if (depth > a.levels || worth <= 0 || put + bytes > ASIDE_BYTES) continue;
+      gain += worth, put += bytes;
+      branches.push_back({int32_t(from), int32_t(to), wave, depth, int32_t(members.size()), size, int32_t(queries)});
+      members.insert(members.end(), run, end);
+      for (int32_t *row = run; row < end; row++) trunks[size_t(*row)].depth = depth, trunks[size_t(*row)].count = size;
+      int32_t *further = std::partition(run, end, [&](int32_t row) { return reaches(row, to + TILE); });
+      if (to < stop && further - run > 1) branch(run, further, to, wave + 1, trunks, gain, put);
+    }
+  }
+
+  // The items of all branches; returns the wave that comes after them.
+  int32_t list_branches() {
+    int32_t last = 0;
+    set_slots();
+    for (const Branch &b : branches) {
+      Item item{};
+      item.part = Item::BRANCH, item.sequence = members[size_t(b.first)], item.wave = b.wave;
+      item.from = b.from / SEGMENT, item.to = item.from + 1, item.first = b.from, item.last = b.to;
+      const int32_t begin = int32_t(listed.size()), end = begin + b.queries;
+      for (int32_t m = b.first; m < b.first + b.count; m++) {
+        const int32_t row = members[size_t(m)], count = int32_t(new_tokens(row) * ratio);
+        const int32_t at = give_slots(row, item.from);
+        walked[size_t(row * num_segments + item.from)] = b.to;
+        for (int32_t i = 0; i < count; i++)
+          listed.push_back({int32_t(a.query_start[row] + i / ratio), int32_t(i % ratio), at + i, count});
+      }
+      for (int64_t h = 0; h < a.kv_heads; h++)
+        for (item.begin = begin; item.begin < end; item.begin += TOKENS_MAX) {
+          item.kv_head = int32_t(h), item.rows = std::min<int32_t>(TOKENS_MAX, end - item.begin);
+          item.cost = int64_t(b.to - b.from) * (item.rows + BATCH);
+          items.push_back(item);
+        }
+      last = std::max(last, b.wave);
+    }
+    return last + 1;
+  }
+
+  // -- the work
+
+  void run() {
+    for (int wave = 0; wave < waves(); wave++) {
+      struct Job {
+        const Shared &shared;
+        int wave;
+        std::atomic<int> next;
+      } job{*this, wave, {0}};
+      if (threads_of(wave) > 1)
+        a.parallel(
+            [](void *self) {
+              Job &job = *static_cast<Job *>(self);
+              job.shared.work(job.wave, job.next);
+            },
+            &job, unsigned(threads), 0);
+      else
+        work(wave, job.next);
+    }
+  }
+
+  // Any number of threads at once, over one counter; all of the wave before must be done.
+  void work(int wave, std::atomic<int> &next) const {
     static thread_local Scratch kept;
     float *p = kept.take(2 * state_floats() + TOKENS_MAX * (width + TILE));
     const State total = state_at(p), fresh = state_at(p + state_floats());
     float *q = p + 2 * state_floats(), *weights = q + TOKENS_MAX * width;
-    for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < int(items.size());) {
-      const Item &item = items[i];
+    const int first = wave > 0 ? ends[size_t(wave - 1)] : 0, end = ends[size_t(wave)];
+    for (int i; (i = first + next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+      const Item &item = items[size_t(i)];
       // What this thread, or its neighbour, is likely to take next.
-      const Item *then = size_t(i + threads) < items.size() ? &items[size_t(i + threads)] : nullptr;
-      kind().pack(item, q);
-      if (item.part >= 0) {
-        kind().segment(item, item.from, q, weights, state_at(parts + item.part * state_floats()), then);
-        continue;
-      }
-      kind().segment(item, item.from, q, weights, total, item.to - item.from == 1 ? then : nullptr);
+      const Item *then = i + threads < end ? &items[size_t(i + threads)] : nullptr;
+      if (item.part != Item::TOTAL) kind().pack(item, q);
+      segment(item, item.from, q, weights, total, item.to - item.from == 1 ? then : nullptr);
       for (int32_t s = item.from + 1; s < item.to; s++) {
-        kind().segment(item, s, q, weights, fresh, s + 1 == item.to ? then : nullptr);
+        segment(item, s, q, weights, fresh, s + 1 == item.to ? then : nullptr);
         merge(total, fresh, item.rows);
       }
-      finish(item, total);
+      if (item.part == Item::ROW || item.part == Item::TOTAL) finish(item, total);
+      else put_aside(item, total);
     }
+  }
+
+  // The state of an item's queries over one segment.
+  void segment(const Item &item, int64_t number, float *q, float *weights, const State &state, const Item *then) const {
+    Reach reach;
+    reach.blocks = blocks_of(item.sequence);
+    if (item.part == Item::BRANCH) {
+      reach.from = item.first, reach.to = item.last;
+      for (int64_t r = 0; r < item.rows; r++) reach.low[r] = reach.from, reach.high[r] = reach.to;
+    } else {
+      const int64_t start = a.seq_lens[item.sequence] - new_tokens(item.sequence);
+      for (int64_t r = 0; r < item.rows; r++) {
+        const int64_t position = start + (item.begin + r) / ratio;
+        reach.low[r] = first_key(position), reach.high[r] = position + 1;
+      }
+      reach.from = std::max(begins(item.sequence, number), reach.low[0]);
+      reach.to = item.part == Item::TOTAL ? 0 : std::min((number + 1) * SEGMENT, reach.high[item.rows - 1]);
+    }
+    const int64_t walked_to = item.part == Item::BRANCH ? item.first : begins(item.sequence, number);
+    if (walked_to > number * SEGMENT || item.part == Item::TOTAL) take_up(item, number, state);
+    else clear(state, item.rows);
+    if (reach.from < reach.to) kind().walk(item, reach, q, weights, state, then);
+  }
+
+  float *aside_of(const Item &item, int64_t number, int64_t r) const {
+    int64_t at;
+    if (item.part == Item::BRANCH) {
+      const Listed &query = listed[size_t(item.begin + r)];
+      at = query.slot + int64_t(item.kv_head) * query.step;
+    } else {
+      at = slot(item.sequence, number) + item.kv_head * new_tokens(item.sequence) * ratio + item.begin + r;
+    }
+    return aside + at * slot_floats();
+  }
+
+  void put_aside(const Item &item, const State &state) const {
+    for (int64_t r = 0; r < item.rows; r++) {
+      float *to = aside_of(item, item.from, r);
+      std::memcpy(to, state.acc + r * width, size_t(width) * sizeof(float));
+      to[width] = state.top[r], to[width + 1] = state.sum[r];
+    }
+  }
+
+  void take_up(const Item &item, int64_t number, const State &state) const {
+    for (int64_t r = 0; r < item.rows; r++) {
+      const float *from = aside_of(item, number, r);
+      std::memcpy(state.acc + r * width, from, size_t(width) * sizeof(float));
+      state.top[r] = from[width], state.sum[r] = from[width + 1];
+    }
+  }
+
+  // Where query r of an item lies.
+  const float *query(const Item &item, int64_t r) const {
+    int64_t token, head;
+    if (item.part == Item::BRANCH) {
+      token = listed[size_t(item.begin + r)].token, head = listed[size_t(item.begin + r)].head;
+    } else {
+      token = a.query_start[item.sequence] + (item.begin + r) / ratio, head = (item.begin + r) % ratio;
+    }
+    return a.q + token * a.q_token_stride + (item.kv_head * ratio + head) * a.q_head_stride;
   }
 
   void clear(const State &state, int64_t rows) const {
@@ -454,14 +714,12 @@ template <class Kind> struct Shared {
 // Pages in float32 or bfloat16: K (block, kv head, dim, block_size), V (block, kv head, block_size, dim).
 template <class E> struct Plain : Shared<Plain<E>> {
   using Base = Shared<Plain<E>>;
-  using Base::a, Base::clear, Base::first_key, Base::ratio, Base::soften, Base::width;
+  using Base::a, Base::query, Base::soften, Base::width;
   using Base::Base;
 
   void pack(const Item &item, float *q) const {
     for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t token = a.query_start[item.sequence] + (item.begin + r) / ratio;
-      const int64_t head = item.kv_head * ratio + (item.begin + r) % ratio;
-      const float *from = a.q + token * a.q_token_stride + head * a.q_head_stride;
+      const float *from = query(item, r);
       for (int64_t d = 0; d < a.dim; d++) q[r * width + d] = from[d] * a.scale;
     }
   }
@@ -495,30 +753,21 @@ template <class E> struct Plain : Shared<Plain<E>> {
     }
   }
 
-  void segment(const Item &item, int64_t number, const float *q, float *s, const State &state, const Item *) const {
-    clear(state, item.rows);
-    const int64_t length = a.seq_lens[item.sequence];
-    const int64_t start = length - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
-    const int32_t *blocks = a.block_tables + item.sequence * a.table_stride;
+  void walk(const Item &item, const Reach &reach, const float *q, float *s, const State &state, const Item *) const {
     const int64_t head_size = a.block_size * a.dim;
-    int64_t low[TOKENS_MAX], high[TOKENS_MAX];
-    for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t position = start + (item.begin + r) / ratio;
-      low[r] = first_key(position), high[r] = position + 1;
-    }
-    const int64_t seg_from = std::max(number * SEGMENT, low[0]);
-    const int64_t seg_to = std::min((number + 1) * SEGMENT, high[item.rows - 1]);
-    for (int64_t key = seg_from / TILE * TILE; key < seg_to; key += TILE) {
+    const int32_t *blocks = reach.blocks;
+    const int64_t *low = reach.low, *high = reach.high;
+    for (int64_t key = reach.from / TILE * TILE; key < reach.to; key += TILE) {
       const E *k[GROUPS] = {}, *v[GROUPS] = {};
       for (int g = 0; g < GROUPS; g++) {
         const int64_t at = key + g * LANES;
         // A group of keys that nobody sees may have no block; batch() does not touch it.
-        if (at + LANES <= low[0] || at >= seg_to) continue;
+        if (at + LANES <= low[0] || at >= reach.to) continue;
         const int64_t head = int64_t(blocks[at / a.block_size]) * a.kv_heads + item.kv_head, offset = at % a.block_size;
         k[g] = static_cast<const E *>(a.k) + head * head_size + offset;
         v[g] = static_cast<const E *>(a.v) + head * head_size + offset * a.dim;
       }
-      if (key + TILE < seg_to) fetch(blocks, item.kv_head, key + TILE, std::min(seg_to, key + 2 * TILE));
+      if (key + TILE < reach.to) fetch(blocks, item.kv_head, key + TILE, std::min(reach.to, key + 2 * TILE));
       for (int64_t r = 0; r < item.rows; r += BATCH) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
         const float *queries = q + r * width;
