@@ -36,6 +36,11 @@ for case in CASES:
     conftest.lay_out(case).whole(backend)
     if case.page_dtype == "float32":
         conftest.lay_out(case, "int8").whole(bytes_backend)
+import test_shared_prefix as shared
+for kind in shared.PAGES:
+    for options in ({{}}, {{"block_size": 48, "window": 600}}):
+        step = shared.grow(shared.FEW_SHOT, kind, **options)
+        shared.agree(step, kind)
 import paged, support
 from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import build as build_decoder

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-# As many levels of shared prefixes as there are.
-ALL_LEVELS = 1 << 20
+from millstream.core.cache import ALL_LEVELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,8 @@ class BatchLayout:
     The new tokens of a row are always the last ones of its `seq_lens`.
 
     `prefix_levels`: of the tree that the rows' block tables make, how many levels may be read once for all rows that
-    share them, where a backend can and where it pays. 0: each row reads its own. The results are the same to the bit.
+    share them, where a backend can and where it pays. 0: each row reads its own; EVERY_LEVEL: whether it pays or not.
+    The results are the same to the bit.
     """
 
     query_start: torch.Tensor

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from millstream.core.cache import ALL_LEVELS
 from millstream.core.plan import Extend
 from millstream.ops.layout import BatchLayout, GroupLayout
 
@@ -28,7 +29,7 @@ class LayoutBuilder:
         for place in range(len(self.groups)):
             self._tables.pop((seq, place), None)
 
-    def build(self, extends: Sequence[Extend]) -> BatchLayout:
+    def build(self, extends: Sequence[Extend], prefix_levels: int = ALL_LEVELS) -> BatchLayout:
         counts = np.fromiter((len(extend.tokens) for extend in extends), np.int32, len(extends))
         starts = np.fromiter((extend.start for extend in extends), np.int64, len(extends))
         query_start = np.zeros(len(extends) + 1, np.int32)
@@ -55,6 +56,7 @@ class LayoutBuilder:
             self.block_size,
             max_query=int(counts.max(initial=0)),
             max_seq=int(seq_lens.max(initial=0)),
+            prefix_levels=prefix_levels,
         )
 
     def _table(self, extend: Extend, place: int) -> np.ndarray:

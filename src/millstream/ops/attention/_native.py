@@ -136,9 +136,15 @@ class Branch:
 
 
 def branches(
-    layout: BatchLayout, group: str, num_blocks: int, heads: int, kv_heads: int, head_dim: int, window: int | None = None
+    layout: BatchLayout,
+    group: str,
+    num_blocks: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None = None,
 ) -> list[Branch]:
-    """What the kernels read once for several rows in a step of `layout`. Raises KernelError, and IndexError as they do."""
+    """What the kernels read once for several rows in a step of `layout`. Raises KernelError and IndexError."""
     state = prepare(layout)
     table = state.block_tables[group]
     args = AttentionArgs()

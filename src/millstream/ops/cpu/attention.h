@@ -23,6 +23,9 @@
 #include <cstring>
 #include <memory>
 #include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace attention {
 
@@ -32,9 +35,8 @@ constexpr int GROUPS = TILE / LANES;
 constexpr int SEGMENT = 512;
 constexpr int TOKENS_MAX = 32;  // query rows of one work item: enough to reuse a tile of K and V out of the first cache
 constexpr int BATCH = 6;        // query rows in registers at once
-// Putting one query's state aside and taking it up again takes about as long as ASIDE keys for it; one more wave of work
-// about as long as WAVE keys times the head dimension.
-constexpr int64_t ASIDE = 16;
+constexpr int BRANCH_ROWS = TOKENS_MAX / BATCH * BATCH; // of one item where rows are many: no batch is left half empty
+// One more wave of work takes about as long as so many multiplications of a query and a key, in dimensions.
 constexpr int64_t WAVE = 100000;
 constexpr int64_t ASIDE_BYTES = 64 << 20; // for states put aside; what is shared beyond is read row by row
 constexpr float EMPTY = -1e30f; // stands for "no key seen": finite, so that differences stay numbers
@@ -76,11 +78,23 @@ struct Width8 {
 
 inline Vec splat(float x) { return x - Vec{}; }
 
+// What was stored is loaded again behind this. Else the compiler may carry a product over in a register and fuse it with
+// the addition that follows, in one place and not in another, and bits would depend on how many rows are together.
+inline void settle() { std::atomic_signal_fence(std::memory_order_seq_cst); }
+
+// The larger of two in each lane; `y` where either is not a number.
+inline Vec larger(Vec x, Vec y) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)x, (__m512)y); // GCC makes two instructions of the comparison
+#else
+  return x > y ? x : y;
+#endif
+}
+
 // exp(x) for x <= 88, relative error below 2e-7, exactly 1 at 0. Below -87 it stays at about 1e-38: every caller
 // multiplies such values with zero or adds them to 1.
 inline Vec exp_of(Vec x) {
-  const Vec low = splat(-87.0f);
-  x = x < low ? low : x;
+  x = larger(splat(-87.0f), x);
   const Vec magic = splat(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Vec shifted = x * 1.44269504f + magic;
   const Vec n = shifted - magic;
@@ -92,7 +106,7 @@ inline Vec exp_of(Vec x) {
   g = g * r + 0.16666577f;
   g = g * r + 0.5f;
   const Vec p = (g * r) * r + r + 1.0f;
-  return (Vec)((IntVec)p + (((IntVec)shifted - (IntVec)magic) << 23));
+  return (Vec)((IntVec)p + ((IntVec)shifted << 23)); // nothing is left of the bits of `magic`
 }
 
 inline float exp_of(float x) { return exp_of(splat(x))[0]; }
@@ -110,7 +124,7 @@ inline float fold_sum(Vec v) {
   return fold(v, [](Vec x, Vec y) { return x + y; });
 }
 inline float fold_max(Vec v) {
-  return fold(v, [](Vec x, Vec y) { return x > y ? x : y; });
+  return fold(v, larger);
 }
 
 inline Vec tanh_of(Vec x) {
@@ -234,7 +248,7 @@ struct MillstreamAttention {
   int64_t window; // 0: none
   int64_t num_threads;
   int64_t page_bits; // 32 or 16
-  int64_t levels;    // of shared prefixes that rows may walk together; 0: each row walks alone
+  int64_t levels;    // of shared prefixes that rows walk together where it pays; 0: none, -1: all, and everywhere
   float scale, softcap; // softcap 0: none
 };
 
@@ -294,6 +308,8 @@ struct Reach {
 
 // What is common: who computes which rows over which keys, and how parts become a whole. `Kind` says how the queries of
 // an item are made ready (`pack`) and how they walk over keys (`walk`).
+// `Kind::READ` is what reading a key costs beside computing with it for one query, `Kind::ASIDE` what putting a query's
+// state aside and taking it up again costs, in keys for one query.
 template <class Kind> struct Shared {
   const Args &a;
   const int64_t ratio, width; // width: head dimension rounded up to whole vectors
@@ -307,6 +323,7 @@ template <class Kind> struct Shared {
   float *aside = nullptr;
   // By row and segment: where the states of its queries are put aside, -1 if nowhere; up to which key branches walked.
   std::vector<int32_t> slots, walked;
+  std::vector<int32_t> lead; // by row: the segment that branches have merged up to, that one counted
   int64_t num_segments = 0, num_slots = 0;
   int threads = 1;
 
@@ -350,7 +367,7 @@ template <class Kind> struct Shared {
       longest = std::max(longest, length);
     }
     num_segments = (longest + SEGMENT - 1) / SEGMENT;
-    const int32_t wave = a.levels > 0 && find_branches() ? list_branches() : 0;
+    const int32_t wave = a.levels != 0 && find_branches() ? list_branches() : 0;
     const size_t num_branched = items.size();
     int32_t most = 0;
     for (int64_t s = 0; s < a.num_rows; s++) {
@@ -362,6 +379,7 @@ template <class Kind> struct Shared {
         Item item{};
         item.part = Item::ROW, item.sequence = int32_t(s), item.begin = int32_t(begin), item.rows = int32_t(rows);
         item.from = int32_t(from / SEGMENT), item.to = int32_t((to + SEGMENT - 1) / SEGMENT);
+        if (!lead.empty()) item.from = std::max(item.from, lead[size_t(s)]);
         item.first = int32_t(std::min(to - 1, std::max(from, begins(s, item.from)))), item.wave = wave;
         int64_t keys = 0;
         int32_t alone = 0; // segments that it walks itself
@@ -421,7 +439,7 @@ template <class Kind> struct Shared {
         items.push_back(piece);
       }
       Item total = item;
-      total.part = Item::TOTAL, total.wave++, total.cost = int64_t(item.to - item.from) * item.rows * ASIDE / 2;
+      total.part = Item::TOTAL, total.wave++, total.cost = int64_t(item.to - item.from) * item.rows * 16;
       items.push_back(total);
     }
   }
@@ -477,7 +495,7 @@ template <class Kind> struct Shared {
       if (rows.size() > 1) branch(rows.data(), rows.data() + rows.size(), from, 0, trunks, gain, put);
     }
     for (const Branch &b : branches) last = std::max(last, b.wave);
-    if (gain * a.kv_heads * a.dim > WAVE * (last + 1)) return true;
+    if (a.levels < 0 ? !branches.empty() : gain * a.kv_heads * a.dim > WAVE * (last + 1)) return true;
     branches.clear(), members.clear();
     return false;
   }
@@ -503,10 +521,10 @@ template <class Kind> struct Shared {
       const int32_t size = int32_t(end - run), depth = trunk.count == size ? trunk.depth : trunk.depth + 1;
       int64_t queries = 0;
       for (int32_t *row = run; row < end; row++) queries += new_tokens(*row) * ratio;
-      const int64_t reads = size - (queries + TOKENS_MAX - 1) / TOKENS_MAX; // that are saved
-      const int64_t worth = (to - from) * reads * BATCH - queries * ASIDE;
+      const int64_t reads = size - (queries + BRANCH_ROWS - 1) / BRANCH_ROWS; // that are saved
+      const int64_t worth = (to - from) * reads * Kind::READ - queries * Kind::ASIDE;
       const int64_t bytes = wave > 0 ? 0 : queries * a.kv_heads * slot_floats() * int64_t(sizeof(float));
-      if (depth > a.levels || worth <= 0 || put + bytes > ASIDE_BYTES) continue;
+      if (put + bytes > ASIDE_BYTES || (a.levels > 0 && (depth > a.levels || worth <= 0))) continue;
       gain += worth, put += bytes;
       branches.push_back({int32_t(from), int32_t(to), wave, depth, int32_t(members.size()), size, int32_t(queries)});
       members.insert(members.end(), run, end);
@@ -516,26 +534,60 @@ template <class Kind> struct Shared {
     }
   }
 
+  // Whether a branch begins where its rows begin, so that its segments may be merged as they come.
+  bool leads(const Branch &b) const {
+    for (int32_t m = b.first; m < b.first + b.count; m++) {
+      const int64_t row = members[size_t(m)];
+      if (first_key(a.seq_lens[row] - new_tokens(row)) / SEGMENT * SEGMENT != b.from) return false;
+    }
+    return true;
+  }
+
+  // Where the run ends that begins with a branch and goes on through whole segments with the same rows; those after the
+  // first are marked.
+  int32_t run_of(size_t first, std::vector<char> &taken) const {
+    const auto whole = [&](const Branch &b) { return b.from % SEGMENT == 0 && b.to % SEGMENT == 0; };
+    const auto rows = [&](const Branch &b) { return members.begin() + b.first; };
+    const Branch &b = branches[first];
+    int32_t to = b.to;
+    if (!whole(b) || !leads(b)) return to;
+    for (size_t i = first + 1; i < branches.size() && branches[i].from / SEGMENT <= to / SEGMENT; i++) {
+      const Branch &next = branches[i];
+      if (next.from != to || next.count != b.count || !whole(next)) continue;
+      if (std::equal(rows(b), rows(b) + b.count, rows(next))) to = next.to, taken[i] = 1;
+    }
+    return to;
+  }
+
   // The items of all branches; returns the wave that comes after them.
   int32_t list_branches() {
     int32_t last = 0;
     set_slots();
-    for (const Branch &b : branches) {
+    lead.assign(size_t(a.num_rows), 0);
+    std::vector<char> taken(branches.size(), 0);
+    for (size_t i = 0; i < branches.size(); i++) {
+      if (taken[i]) continue;
+      const Branch &b = branches[i];
+      const int32_t parts = (b.queries + BRANCH_ROWS - 1) / BRANCH_ROWS;
+      const int32_t size = ((b.queries + parts - 1) / parts + BATCH - 1) / BATCH * BATCH;
+      // Merging on the way saves putting aside, but segments that are items of their own can be shared out.
       Item item{};
       item.part = Item::BRANCH, item.sequence = members[size_t(b.first)], item.wave = b.wave;
-      item.from = b.from / SEGMENT, item.to = item.from + 1, item.first = b.from, item.last = b.to;
-      const int32_t begin = int32_t(listed.size()), end = begin + b.queries;
+      item.first = b.from, item.last = parts * a.kv_heads >= 2 * a.num_threads ? run_of(i, taken) : b.to;
+      item.from = item.first / SEGMENT, item.to = (item.last + SEGMENT - 1) / SEGMENT;
+      const int32_t begin = int32_t(listed.size()), stop = begin + b.queries, merged = item.to - 1;
       for (int32_t m = b.first; m < b.first + b.count; m++) {
         const int32_t row = members[size_t(m)], count = int32_t(new_tokens(row) * ratio);
-        const int32_t at = give_slots(row, item.from);
-        walked[size_t(row * num_segments + item.from)] = b.to;
-        for (int32_t i = 0; i < count; i++)
-          listed.push_back({int32_t(a.query_start[row] + i / ratio), int32_t(i % ratio), at + i, count});
+        const int32_t at = give_slots(row, merged);
+        walked[size_t(row * num_segments + merged)] = item.last;
+        if (merged > item.from) lead[size_t(row)] = merged;
+        for (int32_t n = 0; n < count; n++)
+          listed.push_back({int32_t(a.query_start[row] + n / ratio), int32_t(n % ratio), at + n, count});
       }
       for (int64_t h = 0; h < a.kv_heads; h++)
-        for (item.begin = begin; item.begin < end; item.begin += TOKENS_MAX) {
-          item.kv_head = int32_t(h), item.rows = std::min<int32_t>(TOKENS_MAX, end - item.begin);
-          item.cost = int64_t(b.to - b.from) * (item.rows + BATCH);
+        for (item.begin = begin; item.begin < stop; item.begin += size) {
+          item.kv_head = int32_t(h), item.rows = std::min(size, stop - item.begin);
+          item.cost = int64_t(item.last - item.first) * (item.rows + BATCH);
           items.push_back(item);
         }
       last = std::max(last, b.wave);
@@ -591,7 +643,8 @@ template <class Kind> struct Shared {
     Reach reach;
     reach.blocks = blocks_of(item.sequence);
     if (item.part == Item::BRANCH) {
-      reach.from = item.first, reach.to = item.last;
+      reach.from = std::max<int64_t>(item.first, number * SEGMENT);
+      reach.to = std::min<int64_t>(item.last, (number + 1) * SEGMENT);
       for (int64_t r = 0; r < item.rows; r++) reach.low[r] = reach.from, reach.high[r] = reach.to;
     } else {
       const int64_t start = a.seq_lens[item.sequence] - new_tokens(item.sequence);
@@ -621,7 +674,7 @@ template <class Kind> struct Shared {
 
   void put_aside(const Item &item, const State &state) const {
     for (int64_t r = 0; r < item.rows; r++) {
-      float *to = aside_of(item, item.from, r);
+      float *to = aside_of(item, item.to - 1, r);
       std::memcpy(to, state.acc + r * width, size_t(width) * sizeof(float));
       to[width] = state.top[r], to[width + 1] = state.sum[r];
     }
@@ -681,6 +734,7 @@ template <class Kind> struct Shared {
     static const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int32_t from = int32_t(std::max<int64_t>(low - key, 0)), to = int32_t(std::min<int64_t>(high - key, TILE));
     const bool masked = from > first * LANES || to < last * LANES;
+    settle();
     Vec most = splat(EMPTY);
     for (int g = first; g < last; g++) {
       Vec x = Width16::load(s + g * LANES);
@@ -690,8 +744,9 @@ template <class Kind> struct Shared {
         x = ((at >= from) & (at < to)) ? x : splat(EMPTY);
       }
       Width16::store(s + g * LANES, x);
-      most = x > most ? x : most;
+      most = larger(x, most);
     }
+    settle();
     const float now = std::max(top, fold_max(most));
     Vec all = {};
     for (int g = first; g < last; g++) {
@@ -709,6 +764,40 @@ template <class Kind> struct Shared {
     sum = sum * fade + added;
     return fade;
   }
+
+  // The same for R queries that see the whole tile. The steps of one query wait for each other, those of several do not:
+  // each is taken for all before the next. `fade` has LANES.
+  template <int R> inline void soften_whole(float *s, const State &state, float *fade) const {
+    alignas(64) float before[LANES] = {}, now[LANES] = {};
+    settle();
+    for (int r = 0; r < R; r++) {
+      Vec most = splat(EMPTY);
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) most = larger(Width16::load(s + r * TILE + g * LANES), most);
+      before[r] = state.top[r];
+      now[r] = std::max(before[r], fold_max(most));
+    }
+    Width16::store(fade, exp_of(Width16::load(before) - Width16::load(now)));
+    for (int r = 0; r < R; r++) {
+      Vec all = {};
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) {
+        const Vec p = exp_of(Width16::load(s + r * TILE + g * LANES) - now[r]);
+        Width16::store(s + r * TILE + g * LANES, p);
+        all += p;
+      }
+      const float added = fold_sum(all);
+      state.top[r] = now[r];
+      state.sum[r] = state.sum[r] * fade[r] + added;
+    }
+  }
+
+  // Whether R queries see all keys of the tile at `key`, and nothing is done to their scores.
+  template <int R> bool whole_tile(int64_t key, const int64_t *low, const int64_t *high) const {
+    bool whole = a.softcap <= 0.0f;
+    for (int r = 0; r < R; r++) whole &= low[r] <= key && high[r] >= key + TILE;
+    return whole;
+  }
 };
 
 // Pages in float32 or bfloat16: K (block, kv head, dim, block_size), V (block, kv head, block_size, dim).
@@ -716,6 +805,7 @@ template <class E> struct Plain : Shared<Plain<E>> {
   using Base = Shared<Plain<E>>;
   using Base::a, Base::query, Base::soften, Base::width;
   using Base::Base;
+  static constexpr int64_t READ = 5, ASIDE = 40;
 
   void pack(const Item &item, float *q) const {
     for (int64_t r = 0; r < item.rows; r++) {
@@ -724,33 +814,47 @@ template <class E> struct Plain : Shared<Plain<E>> {
     }
   }
 
+  // Keys and values of a tile, asked for ahead of their use. Blocks lie apart, and the processor's own prefetching begins
+  // anew at each. Part by part: a core that has more requests open than it can keep stands still.
+  struct Ahead {
+    static constexpr int64_t LINE = 64 / int64_t(sizeof(E));
+    const Args &a;
+    const int32_t *blocks;
+    int64_t kv_head, from, to, parts, part = 0;
+
+    void next() {
+      const int64_t begin = part, end = ++part, head_size = a.block_size * a.dim;
+      for (int64_t at = from; at < to;) {
+        const int64_t offset = at % a.block_size, n = std::min(to - at, a.block_size - offset);
+        const int64_t head = (int64_t(blocks[at / a.block_size]) * a.kv_heads + kv_head) * head_size;
+        const E *k = static_cast<const E *>(a.k) + head + offset, *v = static_cast<const E *>(a.v) + head + offset * a.dim;
+        for (int64_t d = a.dim * begin / parts; d < a.dim * end / parts; d++)
+          for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(k + d * a.block_size + i, 0, 2);
+        const int64_t lines = (n * a.dim + LINE - 1) / LINE;
+        for (int64_t i = lines * begin / parts; i < lines * end / parts; i++) __builtin_prefetch(v + i * LINE, 0, 2);
+        at += n;
+      }
+    }
+  };
+
   template <int R>
   void batch(const float *q, const E *const *k, const E *const *v, int64_t key, const int64_t *low,
-             const int64_t *high, float *s, const State &state) const {
+             const int64_t *high, float *s, const State &state, Ahead &ahead) const {
+    ahead.next();
     int64_t least = low[0], most = high[0];
     for (int r = 1; r < R; r++) least = std::min(least, low[r]), most = std::max(most, high[r]);
     const int64_t from = std::max(least, key) - key, to = std::min<int64_t>(most, key + TILE) - key;
     if (from >= to) return;
     const int first = int(from / LANES), last = int((to + LANES - 1) / LANES);
     score_rows<R>(q, width, a.dim, k, a.block_size, first, last, s);
-    float fade[R];
-    for (int r = 0; r < R; r++) fade[r] = soften(s + r * TILE, key, low[r], high[r], first, last, state.top[r], state.sum[r]);
+    ahead.next();
+    alignas(64) float fade[LANES];
+    if (this->template whole_tile<R>(key, low, high)) this->template soften_whole<R>(s, state, fade);
+    else
+      for (int r = 0; r < R; r++)
+        fade[r] = soften(s + r * TILE, key, low[r], high[r], first, last, state.top[r], state.sum[r]);
+    ahead.next();
     value_rows<R>(s, fade, v, a.dim, int(from), int(to), state.acc, width);
-  }
-
-  // Asks for the keys and values of a tile ahead of their use. Blocks lie apart, and the processor's own prefetching
-  // begins anew at each.
-  __attribute__((always_inline)) inline void fetch(const int32_t *blocks, int64_t kv_head, int64_t from, int64_t to) const {
-    const int64_t head_size = a.block_size * a.dim, line = 64 / int64_t(sizeof(E));
-    for (int64_t at = from; at < to;) {
-      const int64_t offset = at % a.block_size, n = std::min(to - at, a.block_size - offset);
-      const int64_t head = (int64_t(blocks[at / a.block_size]) * a.kv_heads + kv_head) * head_size;
-      const E *k = static_cast<const E *>(a.k) + head + offset, *v = static_cast<const E *>(a.v) + head + offset * a.dim;
-      for (int64_t d = 0; d < a.dim; d++, k += a.block_size)
-        for (int64_t i = 0; i < n; i += line) __builtin_prefetch(k + i, 0, 2);
-      for (int64_t i = 0; i < n * a.dim; i += line) __builtin_prefetch(v + i, 0, 2);
-      at += n;
-    }
   }
 
   void walk(const Item &item, const Reach &reach, const float *q, float *s, const State &state, const Item *) const {
@@ -767,17 +871,17 @@ template <class E> struct Plain : Shared<Plain<E>> {
         k[g] = static_cast<const E *>(a.k) + head * head_size + offset;
         v[g] = static_cast<const E *>(a.v) + head * head_size + offset * a.dim;
       }
-      if (key + TILE < reach.to) fetch(blocks, item.kv_head, key + TILE, std::min(reach.to, key + 2 * TILE));
+      Ahead ahead{a, blocks, item.kv_head, key + TILE, std::min(reach.to, key + 2 * TILE), (item.rows + BATCH - 1) / BATCH * 3};
       for (int64_t r = 0; r < item.rows; r += BATCH) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
         const float *queries = q + r * width;
         switch (std::min<int64_t>(BATCH, item.rows - r)) {
-        case 1: batch<1>(queries, k, v, key, low + r, high + r, s, rows); break;
-        case 2: batch<2>(queries, k, v, key, low + r, high + r, s, rows); break;
-        case 3: batch<3>(queries, k, v, key, low + r, high + r, s, rows); break;
-        case 4: batch<4>(queries, k, v, key, low + r, high + r, s, rows); break;
-        case 5: batch<5>(queries, k, v, key, low + r, high + r, s, rows); break;
-        default: batch<6>(queries, k, v, key, low + r, high + r, s, rows); break;
+        case 1: batch<1>(queries, k, v, key, low + r, high + r, s, rows, ahead); break;
+        case 2: batch<2>(queries, k, v, key, low + r, high + r, s, rows, ahead); break;
+        case 3: batch<3>(queries, k, v, key, low + r, high + r, s, rows, ahead); break;
+        case 4: batch<4>(queries, k, v, key, low + r, high + r, s, rows, ahead); break;
+        case 5: batch<5>(queries, k, v, key, low + r, high + r, s, rows, ahead); break;
+        default: batch<6>(queries, k, v, key, low + r, high + r, s, rows, ahead); break;
         }
       }
     }

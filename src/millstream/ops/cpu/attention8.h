@@ -6,6 +6,8 @@
 // and values are stored. Dot products are exact; attention.h says how tiles and segments become a result.
 #pragma once
 
+#include <type_traits>
+
 #include "attention.h"
 #include "int8.h"
 
@@ -38,7 +40,11 @@ inline int8::Ints whole(const float *x, int64_t d, int64_t dim, float inverse) {
 }
 
 inline void put_bytes(uint8_t *to, int8::Ints x) {
+#if defined(__AVX512F__)
+  const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#else
   const Bytes bytes = __builtin_convertvector(x & 255, Bytes);
+#endif
   std::memcpy(to, &bytes, sizeof bytes);
 }
 
@@ -61,8 +67,12 @@ inline void write8(uint8_t *head, int64_t dim, int64_t block_size, int64_t offse
   for (int64_t d = 0; d < width; d++) values[d * 4] = bytes[d];
 }
 
+constexpr int HELD = 3; // rows of a batch whose sums are in registers: both bytes of 3 x 4 vectors
+
 struct Int8 : Shared<Int8> {
   using Shared<Int8>::Shared;
+  // Measured: a key is an eighth of one in float32 and takes no longer to compute with.
+  static constexpr int64_t READ = 1, ASIDE = 80;
 
   // Queries of an item as they lie in its scratch: high bytes, low bytes, then the scale of each and what the centre of
   // the keys adds to its sums.
@@ -175,6 +185,34 @@ struct Int8 : Shared<Int8> {
     return top / 65535.0f;
   }
 
+  // The same for R rows that see the whole tile, step by step for all of them. `s` is overwritten, `by` has LANES.
+  template <int R>
+  inline void weigh_whole(float *s, const float *const *value_scales, uint8_t (*high)[TILE], uint8_t (*low)[TILE],
+                          float *by) const {
+    alignas(64) float top[LANES] = {}, inverse[LANES];
+    for (int r = 0; r < R; r++) {
+      Vec most = {};
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) {
+        const Vec x = Width16::load(s + r * TILE + g * LANES) * Width16::load(value_scales[g]);
+        Width16::store(s + r * TILE + g * LANES, x);
+        most = larger(x, most);
+      }
+      top[r] = fold_max(most);
+    }
+    const Vec tops = Width16::load(top);
+    Width16::store(inverse, tops > 0.0f ? 65535.0f / tops : Vec{});
+    Width16::store(by, tops / 65535.0f);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) {
+        const int8::Ints x =
+            __builtin_convertvector(Width16::load(s + r * TILE + g * LANES) * inverse[r] + 0.5f, int8::Ints);
+        put_bytes(high[r] + g * LANES, x >> 8);
+        put_bytes(low[r] + g * LANES, x);
+      }
+  }
+
   // acc[r] = acc[r] * fade[r] + what the values of a tile add, over G groups of 16 dimensions.
   template <int G, int R>
   inline void values(const uint8_t *const *v, int first, int last, const uint8_t (*high)[TILE], const uint8_t (*low)[TILE],
@@ -219,20 +257,39 @@ struct Int8 : Shared<Int8> {
     const int64_t from = std::max(least, key) - key, to = std::min<int64_t>(most, key + TILE) - key;
     if (from >= to) return;
     const int first = int(from / LANES), last = int((to + LANES - 1) / LANES);
-    if (WIDE == 4 && first == 0 && last == GROUPS && a.block_size % TILE == 0)
-      scores<4, R>(q, row, k[0], key_scales[0], s, ahead);
-    else
-      for (int g = first; g < last; g++) scores<1, R>(q, row, k[g], key_scales[g], s + g * LANES, ahead);
-    float fade[R], by[R];
-    uint8_t high[R][TILE], low[R][TILE];
-    for (int r = 0; r < R; r++) {
-      fade[r] = soften(s + r * TILE, key, low_key[r], high_key[r], first, last, state.top[r], state.sum[r]);
-      by[r] = weigh(s + r * TILE, value_scales, first, last, high[r], low[r]);
+    // Of R rows, HELD at a time: what registers hold of their sums.
+    constexpr int FIRST = std::min(R, HELD), REST = R - FIRST;
+    const auto score = [&](auto rows, int at) {
+      constexpr int N = decltype(rows)::value;
+      if (WIDE == 4 && first == 0 && last == GROUPS && a.block_size % TILE == 0)
+        scores<4, N>(q, row + at, k[0], key_scales[0], s + at * TILE, ahead);
+      else
+        for (int g = first; g < last; g++) scores<1, N>(q, row + at, k[g], key_scales[g], s + at * TILE + g * LANES, ahead);
+    };
+    score(std::integral_constant<int, FIRST>{}, 0);
+    if constexpr (REST > 0) score(std::integral_constant<int, REST>{}, FIRST);
+    alignas(64) float fade[LANES], by[LANES];
+    alignas(64) uint8_t high[R][TILE], low[R][TILE];
+    if (whole_tile<R>(key, low_key, high_key)) {
+      soften_whole<R>(s, state, fade);
+      weigh_whole<R>(s, value_scales, high, low, by);
+    } else {
+      for (int r = 0; r < R; r++) {
+        fade[r] = soften(s + r * TILE, key, low_key[r], high_key[r], first, last, state.top[r], state.sum[r]);
+        by[r] = weigh(s + r * TILE, value_scales, first, last, high[r], low[r]);
+      }
     }
-    int64_t d = 0;
-    if constexpr (WIDE == 4)
-      for (; d + 64 <= width; d += 64) values<4, R>(v, first, last, high, low, by, fade, d, state.acc, ahead);
-    for (; d < width; d += 16) values<1, R>(v, first, last, high, low, by, fade, d, state.acc, ahead);
+    const auto add = [&](auto rows, int at) {
+      constexpr int N = decltype(rows)::value;
+      float *acc = state.acc + at * width;
+      int64_t d = 0;
+      if constexpr (WIDE == 4)
+        for (; d + 64 <= width; d += 64)
+          values<4, N>(v, first, last, high + at, low + at, by + at, fade + at, d, acc, ahead);
+      for (; d < width; d += 16) values<1, N>(v, first, last, high + at, low + at, by + at, fade + at, d, acc, ahead);
+    };
+    add(std::integral_constant<int, FIRST>{}, 0);
+    if constexpr (REST > 0) add(std::integral_constant<int, REST>{}, FIRST);
   }
 
   // `then` is what this thread is likely to take next, or null.
@@ -257,12 +314,15 @@ struct Int8 : Shared<Int8> {
       }
       Ahead ahead = key + TILE < reach.to ? tile(blocks, item.kv_head, key + TILE) : Ahead{};
       if (key + TILE >= reach.to && then) ahead = first_tile(*then);
-      for (int64_t r = 0; r < item.rows; r += 3) {
+      for (int64_t r = 0; r < item.rows; r += BATCH) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
-        switch (std::min<int64_t>(3, item.rows - r)) {
+        switch (std::min<int64_t>(BATCH, item.rows - r)) {
         case 1: batch<1>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
         case 2: batch<2>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
-        default: batch<3>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        case 3: batch<3>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        case 4: batch<4>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        case 5: batch<5>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        default: batch<6>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
         }
       }
       ahead.some(TILE);
