@@ -40,7 +40,7 @@ from millstream.reproduce.protocol import (
 
 MODEL = "smollm2-135m"
 BLOCK_SIZE = 64
-ROWS, OWN = 32, 128
+ROWS, OWN, QUICK_OWN = 32, 128, 64
 PREFIXES, QUICK_PREFIXES = (256, 512, 1024, 2048, 4096), (256, 4096)
 # Of the tree: what all begin with, what each of some begins with behind it, and how many of these there are.
 ROOT, BRANCH, BRANCHES = 512, 1024, 4
@@ -51,7 +51,7 @@ HARD = {
     "alone": "one row of 4,224 tokens",
     "pair": "two rows behind 128 tokens",
     "short": "32 rows behind 64 tokens",
-    "strangers": "16 rows that share nothing",
+    "strangers": "32 rows that share nothing",
 }
 PRODUCTS = "the products of all rows with the prefix remain, and a core here is bound by these, not by reading"
 # Blocks for the check through the engine; the others are laid out by hand.
@@ -184,6 +184,7 @@ class Hydragen(Experiment):
 
         self.ids = itertools.count(1)
         self.prefixes = QUICK_PREFIXES if ctx.quick else PREFIXES
+        self.own = ctx.size(OWN, QUICK_OWN)
         flat = max(self.prefixes) + len(self.prefixes) * ROWS * OWN
         tree = ROOT + BRANCHES * BRANCH + ROWS * OWN
         hard = 4096 + 128 + 64 + 6 * ROWS * OWN
@@ -205,8 +206,8 @@ class Hydragen(Experiment):
             self._lay_out_hard(kind, replay, trunk)
             ctx.say(f"{kind}: {len(self.steps)} batches are laid out")
 
-    def _own(self, row: int, length: int = OWN) -> list[int]:
-        return self.pool[10_000 + row * length : 10_000 + (row + 1) * length]
+    def _own(self, row: int) -> list[int]:
+        return self.pool[10_000 + row * OWN : 10_000 + row * OWN + self.own]
 
     def _lay_out_tree(self, kind: str, replay: Any) -> None:
         root = replay.trunk(self.pool[5000 : 5000 + ROOT])
@@ -215,7 +216,7 @@ class Hydragen(Experiment):
             at = 20_000 + branch * BRANCH
             trunk = replay.trunk(self.pool[at : at + BRANCH], root)
             # Suffixes of different lengths, as they are when requests have come one by one.
-            rows += [(trunk, self._own(row)[: OWN - 3 * row]) for row in range(ROWS // BRANCHES)]
+            rows += [(trunk, self._own(row)[: self.own - 3 * row]) for row in range(ROWS // BRANCHES)]
         self.steps[(kind, "tree")] = replay.step(rows)
 
     def _lay_out_hard(self, kind: str, replay: Any, longest: Any) -> None:
@@ -225,8 +226,7 @@ class Hydragen(Experiment):
         pair, short = replay.trunk(self.pool[100 : 100 + 128]), replay.trunk(self.pool[300 : 300 + 64])
         self.steps[(kind, "pair")] = replay.step([(pair, self._own(row)) for row in range(2)])
         self.steps[(kind, "short")] = replay.step([(short, self._own(row)) for row in range(ROWS)])
-        self.steps[(kind, "strangers")] = replay.step([(Trunk(), self._own(row, 2 * OWN)) for row in range(16)])
-        self.steps[(kind, "none")] = replay.step([(Trunk(), self._own(row)) for row in range(ROWS)])
+        self.steps[(kind, "strangers")] = replay.step([(Trunk(), self._own(row)) for row in range(ROWS)])
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import data
@@ -234,7 +234,7 @@ class Hydragen(Experiment):
         return {
             "model": self.models["float32"].source.checksum().encode(),
             "text": data.find("wikitext2-test"),
-            "batches": repr((self.prefixes, ROWS, OWN, ROOT, BRANCH, BRANCHES)).encode(),
+            "batches": repr((self.prefixes, ROWS, self.own, ROOT, BRANCH, BRANCHES)).encode(),
         }
 
     def check(self, ctx: Context) -> CheckResult:
@@ -263,7 +263,7 @@ class Hydragen(Experiment):
                 )
             )
         replay, runner = self.replays["float32"], self.models["float32"].built.runner
-        step = self.steps[("float32", "tree")]
+        step = self.steps[("float32", "tree")].first(ctx.size(16, 4))
         got = replay.attention(step, ALL_LEVELS)[1]
         natively, runner.backends = runner.backends, {"full": registry.make("attention", "torch-ref")}
         want = replay.attention(step, 0)[1]
@@ -301,21 +301,20 @@ class Hydragen(Experiment):
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
         out = {}
         for (kind, name), step in self.steps.items():
-            count = ctx.size(4, 2) if len(step.extends) > 8 else ctx.size(20, 10)
+            count = ctx.size(4, 1) if len(step.extends) > 8 else ctx.size(20, 5)
             seconds = self.replays[kind].step_s(step, LEVELS[arm.name], count)
             rate = len(step.extends) / seconds
             if name in HARD:
                 out[f"{name}_s_{kind}"] = seconds
             elif name == "tree":
                 out[f"tree_tokens_per_s_{kind}"] = rate
-            elif name == "none":
-                nothing = rate
             else:
                 out[f"tokens_per_s_{kind}_{name}"] = rate
-            if name == "none":
-                last = out[f"tokens_per_s_{kind}_{max(self.prefixes)}"]
-                out[f"kept_{kind}"] = 100 * last / out[f"tokens_per_s_{kind}_{min(self.prefixes)}"]
-                out[f"ceiling_{kind}"] = 100 * last / nothing
+        for kind in KV:
+            last = out[f"tokens_per_s_{kind}_{max(self.prefixes)}"]
+            out[f"kept_{kind}"] = 100 * last / out[f"tokens_per_s_{kind}_{min(self.prefixes)}"]
+            # Rows that share nothing have their own tokens only: no prefix at all.
+            out[f"ceiling_{kind}"] = 100 * last * out[f"strangers_s_{kind}"] / ROWS
         return out
 
 

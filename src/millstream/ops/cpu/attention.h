@@ -822,7 +822,7 @@ template <class E> struct Plain : Shared<Plain<E>> {
     const int32_t *blocks;
     int64_t kv_head, from, to, parts, part = 0;
 
-    void next() {
+    __attribute__((noinline)) void next() {
       const int64_t begin = part, end = ++part, head_size = a.block_size * a.dim;
       for (int64_t at = from; at < to;) {
         const int64_t offset = at % a.block_size, n = std::min(to - at, a.block_size - offset);
