@@ -110,12 +110,13 @@ def test_a_tree_of_decodes_and_chunks_gives_the_bits_of_each_row_alone(kind, cou
     [
         {"block_size": 16}, {"block_size": 48}, {"block_size": 256}, {"window": 600},
         {"window": 1100}, {"softcap": 5.0},
-        GEMMA, {**GEMMA, "window": 700}, {"heads": 5, "kv_heads": 5}, {"heads": 8, "kv_heads": 1},
+        GEMMA, {**GEMMA, "window": 700}, {"heads": 5, "kv_heads": 5}, {"heads": 4, "kv_heads": 1},
         {"heads": 6, "kv_heads": 2, "dim": 72}, {"sharp": 6.0},
     ],
     ids=str,
 )  # fmt: skip
-def test_any_shape_of_heads_blocks_and_masks_gives_the_same_bits(kind, options):
+def test_any_shape_of_heads_blocks_and_masks_gives_the_same_bits(kind, options, threads):
+    threads(2)
     step = grow(FEW_SHOT, kind, **options)
     assert planned(step, whole(step))
     agree(step, kind)
@@ -192,7 +193,8 @@ def test_rows_that_join_and_leave_between_steps_change_no_bit_of_the_others():
 # -- what is planned
 
 
-def test_levels_are_those_of_the_tree_and_ragged_suffixes_stay_apart():
+def test_levels_are_those_of_the_tree_and_ragged_suffixes_stay_apart(threads):
+    threads(2)
     #       0..1024 all of 0, 1, 2, 3; 2 and 3 share 256 more; 4 is a stranger
     tree = [Leaf(0, 0, 1100, 1), Leaf(0, 1024, 3, 1), Leaf(0, 1024, 300, 1), Leaf(2, 1280, 77, 1), Leaf(0, 0, 500, 1)]
     step = grow(tree, "float32")
@@ -206,13 +208,15 @@ def test_levels_are_those_of_the_tree_and_ragged_suffixes_stay_apart():
     assert planned(step, dataclasses.replace(layout, prefix_levels=0)) == []
 
 
-def test_a_branch_may_begin_and_end_inside_a_segment():
+def test_a_branch_may_begin_and_end_inside_a_segment(threads):
+    threads(2)
     tree = [Leaf(0, 0, 460, 1), Leaf(0, 192, 300, 1), Leaf(1, 448, 60, 1), Leaf(0, 200, 50, 1)]
     step = grow(tree, "float32")
     assert planned(step, whole(step)) == [Branch(0, 192, (0, 1, 2, 3), 1), Branch(192, 448, (1, 2), 2)]
 
 
-def test_what_is_not_worth_it_is_read_row_by_row():
+def test_what_is_not_worth_it_is_read_row_by_row(threads):
+    threads(2)
     alone = grow([Leaf(0, 0, 2000, 1)], "float32")
     assert planned(alone, whole(alone)) == []
     strangers = grow([Leaf(0, 0, 600, 1)] * 6, "float32")
@@ -225,7 +229,8 @@ def test_what_is_not_worth_it_is_read_row_by_row():
     assert planned(short, dataclasses.replace(whole(short), prefix_levels=EVERY_LEVEL)) == [Branch(0, 64, (0, 1), 1)]
 
 
-def test_what_the_window_of_any_query_hides_is_not_shared():
+def test_what_the_window_of_any_query_hides_is_not_shared(threads):
+    threads(2)
     tree = [Leaf(0, 0, 1200, 1), Leaf(0, 1152, 100, 1), Leaf(0, 1152, 150, 1)]
     step = grow(tree, "float32", window=760)
     # Keys from 440, 492 and 542 on are seen: the third row begins inside the segment that the others share.

@@ -152,7 +152,7 @@ def branches(
     args.block_tables, args.table_stride = table.data_ptr(), table.shape[1]
     args.num_rows, args.num_blocks, args.block_size = layout.num_rows, num_blocks, layout.block_size
     args.heads, args.kv_heads, args.dim, args.window = heads, kv_heads, head_dim, window or 0
-    args.levels = layout.prefix_levels
+    args.levels, args.num_threads = layout.prefix_levels, torch.get_num_threads()
     kernel = build.library("paged_attention").millstream_branches
     kernel.restype = ctypes.c_int64
     room = 0

@@ -37,7 +37,7 @@ constexpr int TOKENS_MAX = 32;  // query rows of one work item: enough to reuse 
 constexpr int BATCH = 6;        // query rows in registers at once
 constexpr int BRANCH_ROWS = TOKENS_MAX / BATCH * BATCH; // of one item where rows are many: no batch is left half empty
 // One more wave of work takes about as long as so many multiplications of a query and a key, in dimensions.
-constexpr int64_t WAVE = 100000;
+constexpr int64_t WAVE = 150000;
 constexpr int64_t ASIDE_BYTES = 64 << 20; // for states put aside; what is shared beyond is read row by row
 constexpr float EMPTY = -1e30f; // stands for "no key seen": finite, so that differences stay numbers
 #if defined(__AVX512F__)
@@ -308,8 +308,8 @@ struct Reach {
 
 // What is common: who computes which rows over which keys, and how parts become a whole. `Kind` says how the queries of
 // an item are made ready (`pack`) and how they walk over keys (`walk`).
-// `Kind::READ` is what reading a key costs beside computing with it for one query, `Kind::ASIDE` what putting a query's
-// state aside and taking it up again costs, in keys for one query.
+// In the work of one key for one query: `Kind::FAR` is what it costs to read a key that this core had not read before in
+// the step, `Kind::NEAR` one that it had, `Kind::ASIDE` to put a query's state aside and to take it up again.
 template <class Kind> struct Shared {
   const Args &a;
   const int64_t ratio, width; // width: head dimension rounded up to whole vectors
@@ -521,8 +521,10 @@ template <class Kind> struct Shared {
       const int32_t size = int32_t(end - run), depth = trunk.count == size ? trunk.depth : trunk.depth + 1;
       int64_t queries = 0;
       for (int32_t *row = run; row < end; row++) queries += new_tokens(*row) * ratio;
-      const int64_t reads = size - (queries + BRANCH_ROWS - 1) / BRANCH_ROWS; // that are saved
-      const int64_t worth = (to - from) * reads * Kind::READ - queries * Kind::ASIDE;
+      const int64_t parts = (queries + BRANCH_ROWS - 1) / BRANCH_ROWS, cores = std::max<int64_t>(1, a.num_threads);
+      const int64_t saved = (size - parts) * Kind::NEAR +
+                            (std::min<int64_t>(size, cores) - std::min(parts, cores)) * (Kind::FAR - Kind::NEAR);
+      const int64_t worth = (to - from) * saved - queries * Kind::ASIDE;
       const int64_t bytes = wave > 0 ? 0 : queries * a.kv_heads * slot_floats() * int64_t(sizeof(float));
       if (put + bytes > ASIDE_BYTES || (a.levels > 0 && (depth > a.levels || worth <= 0))) continue;
       gain += worth, put += bytes;
@@ -568,7 +570,11 @@ template <class Kind> struct Shared {
     for (size_t i = 0; i < branches.size(); i++) {
       if (taken[i]) continue;
       const Branch &b = branches[i];
-      const int32_t parts = (b.queries + BRANCH_ROWS - 1) / BRANCH_ROWS;
+      // Where there is little, all threads shall have some of it.
+      const int64_t items_of_each = a.kv_heads * int64_t(branches.size());
+      const int64_t wanted = (4 * a.num_threads + items_of_each - 1) / items_of_each;
+      const int32_t parts = int32_t(std::max<int64_t>((b.queries + BRANCH_ROWS - 1) / BRANCH_ROWS,
+                                                      std::min<int64_t>(wanted, b.queries / BATCH)));
       const int32_t size = ((b.queries + parts - 1) / parts + BATCH - 1) / BATCH * BATCH;
       // Merging on the way saves putting aside, but segments that are items of their own can be shared out.
       Item item{};
@@ -805,7 +811,7 @@ template <class E> struct Plain : Shared<Plain<E>> {
   using Base = Shared<Plain<E>>;
   using Base::a, Base::query, Base::soften, Base::width;
   using Base::Base;
-  static constexpr int64_t READ = 5, ASIDE = 40;
+  static constexpr int64_t NEAR = 2, FAR = 6, ASIDE = 70; // measured
 
   void pack(const Item &item, float *q) const {
     for (int64_t r = 0; r < item.rows; r++) {
