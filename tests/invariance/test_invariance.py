@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from millstream.core.cache import ALL_LEVELS, EVERY_LEVEL
+from millstream.core.events import Stepped
 from millstream.core.registry import Choice
 from millstream.core.request import Kind, SamplingParams
 from millstream.core.sequence import Finish
@@ -209,6 +211,46 @@ def test_each_of_n_samples_equals_its_own_generation(subject):
         # The first of n is the sample that n = 1 gives.
         subject.same(heard, subject.alone(ids, sampled(21, 12)))
         bench.close()
+
+
+def test_prompts_that_come_together_compute_a_long_prefix_once(subject):
+    if any(group.window for group in subject.decoder.spec.groups):
+        pytest.skip("a window's keys are held only near the end of what was computed")
+    size, budget, own = subject.block_size, 40, 5
+    shared = subject.prompt(5 * budget, 1)
+    bench = subject.bench(budget=budget)
+    heard = [bench.add([*shared, *subject.prompt(own, 10 + i)], greedy(3)) for i in range(6)]
+    bench.run()
+    computed = sum(event.tokens for event in bench.events if isinstance(event, Stepped))
+    # The first fills the steps until its prompt is done; each of the others computes what its last block lacks.
+    assert computed <= len(shared) + len(heard) * (size + own + 2)
+    for one in heard:
+        subject.judge(one, 3)
+    bench.close()
+
+
+@pytest.mark.parametrize("levels", [0, 1, ALL_LEVELS, EVERY_LEVEL])
+def test_prefixes_read_once_for_all_rows_equal_each_alone(subject, levels):
+    first, second = subject.prompt(150, 1), subject.prompt(80, 2)
+    bench = subject.bench(budget=40)
+    bench.runner.prefix_levels = levels
+    bench.add([*first, *second], greedy(1))
+    bench.run()
+    # Two levels, suffixes of all lengths, siblings that fork, and a stranger; they come and go step by step.
+    heard: list[Heard] = [bench.add(subject.prompt(90, 3), greedy(6))]
+
+    def arrive(step: int) -> None:
+        if step % 2 == 0 and len(heard) < 8:
+            own = subject.prompt(1 + 7 * len(heard), 20 + len(heard))
+            shared = [*first, *second] if len(heard) % 2 else first
+            params = sampled(4, 9, n=3) if len(heard) == 5 else greedy(4 + len(heard))
+            heard.append(bench.add([*shared, *own], params))
+
+    bench.run(between=arrive)
+    assert len(heard) == 8 and all(one.last().usage.cached_tokens > 0 for one in heard[1:])
+    for one in heard:
+        subject.judge(one)
+    bench.close()
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])

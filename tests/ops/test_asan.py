@@ -36,6 +36,11 @@ for case in CASES:
     conftest.lay_out(case).whole(backend)
     for kv in ("int8", "int4") if case.page_dtype == "float32" else ():
         conftest.lay_out(case, kv).whole(registry.make("attention", "cpu-" + kv))
+import test_shared_prefix as shared
+for kind in shared.PAGES:
+    for options in ({{}}, {{"block_size": 48, "window": 600}}):
+        step = shared.grow(shared.FEW_SHOT, kind, **options)
+        shared.agree(step, kind)
 import paged, support
 from millstream.models.decoder import build as build_decoder
 from millstream.models.quantize.recipe import Recipe

@@ -9,9 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from millstream.core.cache import ALL_LEVELS
 from millstream.core.registry import Choice
 
 Auto = Literal["auto"]
+
+# How many levels of a tree of shared prefixes each value of runner.shared_prefix stands for.
+SHARED_PREFIX = {"off": 0, "one-level": 1, "tree": ALL_LEVELS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +65,17 @@ class SchedConfig:
 
 @dataclass(frozen=True, slots=True)
 class RunnerConfig:
-    """`plans` in flight (1 or 2); `threads` for the compute; `attention` and `ops` pick implementations."""
+    """`plans` in flight (1 or 2); `threads` for the compute; `attention` and `ops` pick implementations.
+
+    `shared_prefix`: keys and values that several rows of a step hold together are read once for all of them, where that
+    pays: "tree" (every level of prefixes within prefixes), "one-level" (what they begin with) or "off".
+    """
 
     plans: int | Auto = "auto"
     threads: int | Auto = "auto"
     attention: str = "auto"
     ops: str = "auto"
+    shared_prefix: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

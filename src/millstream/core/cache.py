@@ -5,6 +5,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+# How many levels of a tree of shared prefixes to read once for all that share them: as many as pay, and as many as
+# there are whether it pays or not, which is for tests.
+ALL_LEVELS = 1 << 20
+EVERY_LEVEL = -1
+
 
 class Keep(enum.Enum):
     """FULL keeps every token, WINDOW the last `window` ones, RECURRENT one state of fixed size."""

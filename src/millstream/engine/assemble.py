@@ -106,6 +106,7 @@ def assemble(
         resolved.threads,
         config.runner.attention,
         config.runner.ops,
+        resolved.prefix_levels,
         notice,
     )
     phases.update({f"load: {name}": seconds for name, seconds in built.phases.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from millstream.config.schema import EngineConfig
+from millstream.config.schema import SHARED_PREFIX, EngineConfig
 from millstream.core import registry
 from millstream.core.errors import ConfigError, UnknownName
 from millstream.core.registry import Card, Choice
@@ -29,6 +29,10 @@ def check(config: EngineConfig) -> None:
         raise UnknownName("preemption (sched.preemption)", config.sched.preemption, PREEMPTION)
     if config.runner.ops not in OPS:
         raise UnknownName("choice of ops (runner.ops)", config.runner.ops, OPS)
+    if config.runner.shared_prefix not in ("auto", *SHARED_PREFIX):
+        raise UnknownName(
+            "way to share prefixes (runner.shared_prefix)", config.runner.shared_prefix, ("auto", *SHARED_PREFIX)
+        )
     if not config.sched.policies:
         raise ConfigError("sched.policies is empty; the plainest order is fcfs")
     chosen: dict[str, Card] = {}

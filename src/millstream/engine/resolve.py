@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from millstream.config.load import parse_bytes
-from millstream.config.schema import EngineConfig
-from millstream.core.cache import CacheGroup, Keep
+from millstream.config.schema import SHARED_PREFIX, EngineConfig
+from millstream.core.cache import ALL_LEVELS, CacheGroup, Keep
 from millstream.core.errors import ConfigError
 from millstream.core.registry import Choice
 from millstream.models.spec import ModelSpec
@@ -56,6 +56,7 @@ class Resolved:
     threads: int
     meters: tuple[Choice, ...]
     decisions: tuple[Decision, ...]
+    prefix_levels: int = ALL_LEVELS
 
 
 def kv_choice(config: EngineConfig) -> tuple[Choice, str]:
@@ -99,6 +100,12 @@ def resolve(
         decide("runner.plans", plans, "on a CPU the host's work would take cores from the forward pass")
     if plans not in (1, 2):
         raise ConfigError(f"runner.plans: got {plans}, allowed is 1 or 2")
+    shared_prefix = runner.shared_prefix
+    if shared_prefix == "auto":
+        shared_prefix = "tree"
+        decide("runner.shared_prefix", shared_prefix, "the same bits, and keys that rows share are read once for all")
+    if shared_prefix not in SHARED_PREFIX:
+        raise ConfigError(f"runner.shared_prefix: got {shared_prefix}, allowed is auto, {', '.join(SHARED_PREFIX)}")
 
     max_context = config.model.max_context
     if max_context == "auto":
@@ -154,7 +161,18 @@ def resolve(
             Choice("kv-blocks"),
         )
         decide("sched.meters", ", ".join(map(str, meters)), "steps of equal size, blocks on demand")
-    return Resolved(config, max_context, block_size, blocks, host_blocks, plans, threads, meters, tuple(notes))
+    return Resolved(
+        config,
+        max_context,
+        block_size,
+        blocks,
+        host_blocks,
+        plans,
+        threads,
+        meters,
+        tuple(notes),
+        SHARED_PREFIX[shared_prefix],
+    )
 
 
 def _blocks(

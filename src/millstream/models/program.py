@@ -101,6 +101,7 @@ class Program:
             args.first_layer, args.last_layer, args.num_groups = lo, hi, len(self._groups)
             args.num_tokens, args.width = x.shape
             args.num_rows, args.num_threads = layout.num_rows, torch.get_num_threads()
+            args.levels = layout.prefix_levels
             self._scratch.call("layers", args)
         for name, group_step in step.groups.items():
             group_step.pages.wrote(x.shape[0], sum(self._written[name][lo:hi]))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from millstream.core.cache import ALL_LEVELS
+
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
@@ -31,6 +33,10 @@ class BatchLayout:
     `seq_lens` (S,) int32: tokens a row attends over, the new ones counted; `block_size` tokens a block.
     The new tokens of a row are always the last ones of its `seq_lens`. `num_positions`, where it is known, is more than
     any of `positions`.
+
+    `prefix_levels`: of the tree that the rows' block tables make, how many levels may be read once for all rows that
+    share them, where a backend can and where it pays. 0: each row reads its own; EVERY_LEVEL: whether it pays or not.
+    The results are the same to the bit.
     """
 
     query_start: torch.Tensor
@@ -41,6 +47,7 @@ class BatchLayout:
     max_query: int
     max_seq: int
     num_positions: int | None = None
+    prefix_levels: int = ALL_LEVELS
 
     @property
     def num_rows(self) -> int:

@@ -143,6 +143,7 @@ PAPERS: tuple[Paper, ...] = (
         "RelayAttention",
         "RelayAttention for Efficient Large Language Model Serving with Long System Prompts",
         "ops/attention",
+        built_in="`runner.shared_prefix=one-level`",
     ),
     Paper(
         11,
@@ -226,7 +227,14 @@ PAPERS: tuple[Paper, ...] = (
         "Apparate: Rethinking Early Exits to Tame Latency-Throughput Tensions in ML Serving",
         "decode",
     ),
-    Paper(25, "hydragen", "Hydragen", "Hydragen: High-Throughput LLM Inference with Shared Prefixes", "ops/attention"),
+    Paper(
+        25,
+        "hydragen",
+        "Hydragen",
+        "Hydragen: High-Throughput LLM Inference with Shared Prefixes",
+        "ops/attention",
+        built_in="`runner.shared_prefix=tree`, on by default",
+    ),
     Paper(
         26,
         "supergen",

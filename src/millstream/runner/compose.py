@@ -52,6 +52,7 @@ def build_runner(
     threads: int,
     attention: str,
     ops: str,
+    prefix_levels: int,
     notice: Callable[[str], None] | None = None,
 ) -> Built:
     """Loads the weights and allocates the pages. Raises ModelError and ConfigError."""
@@ -89,7 +90,7 @@ def build_runner(
         phases = {**loaded.report.phases, "pages": time.perf_counter() - start}
     host = registry.make("kv", kv)
     kv_bytes = sum(blocks[g.name] * host.page_bytes(g, block_size, dtype) for g in spec.groups)
-    runner = TorchRunner(loaded.decoder, pages, backends, plans)
+    runner = TorchRunner(loaded.decoder, pages, backends, plans, prefix_levels)
     program = loaded.decoder.program
     why = program.reason if isinstance(program, table.Refusal) else None
     if why is None and not all(backend.in_program for backend in backends.values()):

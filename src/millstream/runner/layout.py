@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from millstream.core.cache import ALL_LEVELS
 from millstream.core.plan import Extend
 from millstream.ops.layout import BatchLayout, GroupLayout
 
@@ -33,9 +34,9 @@ class LayoutBuilder:
         for place in range(len(self.groups)):
             self._tables.pop((seq, place), None)
 
-    def build(self, extends: Sequence[Extend]) -> BatchLayout:
+    def build(self, extends: Sequence[Extend], prefix_levels: int = ALL_LEVELS) -> BatchLayout:
         if all(len(extend.tokens) == 1 for extend in extends):
-            return self._single(extends)
+            return self._single(extends, prefix_levels)
         counts = np.fromiter((len(extend.tokens) for extend in extends), np.int32, len(extends))
         starts = np.fromiter((extend.start for extend in extends), np.int64, len(extends))
         query_start = np.zeros(len(extends) + 1, np.int32)
@@ -59,9 +60,10 @@ class LayoutBuilder:
             max_query=int(counts.max(initial=0)),
             max_seq=int(seq_lens.max(initial=0)),
             num_positions=int(seq_lens.max(initial=0)),
+            prefix_levels=prefix_levels,
         )
 
-    def _single(self, extends: Sequence[Extend]) -> BatchLayout:
+    def _single(self, extends: Sequence[Extend], prefix_levels: int) -> BatchLayout:
         """A step in which every row computes one token."""
         count, size = len(extends), self.block_size
         positions = [extend.start for extend in extends]
@@ -84,6 +86,7 @@ class LayoutBuilder:
             max_query=min(count, 1),
             max_seq=most,
             num_positions=most,
+            prefix_levels=prefix_levels,
         )
 
     def _block_tables(self, extends: Sequence[Extend], place: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from millstream.core import registry
+from millstream.core.cache import ALL_LEVELS
 from millstream.core.plan import (
     FROM_PREVIOUS,
     Extend,
@@ -67,7 +68,11 @@ class _Row:
 
 
 class TorchRunner:
-    """Runs `decoder` over `pages`; `plans` may be 2, then plans run on a thread while the host prepares the next."""
+    """Runs `decoder` over `pages`; `plans` may be 2, then plans run on a thread while the host prepares the next.
+
+    `prefix_levels` of the tree that the rows' block tables make may be read once for all rows (`ops/layout.py`). It may
+    be set between steps.
+    """
 
     def __init__(
         self,
@@ -75,8 +80,10 @@ class TorchRunner:
         pages: Mapping[str, KvPages],
         backends: Mapping[str, AttentionBackend],
         plans: int = 1,
+        prefix_levels: int = ALL_LEVELS,
     ) -> None:
         self.decoder, self.pages, self.backends, self.plans = decoder, dict(pages), dict(backends), plans
+        self.prefix_levels = prefix_levels
         first = next(iter(self.pages.values()))
         self._block_size = first.block_size
         self._layouts = LayoutBuilder(list(self.pages), self._block_size)
@@ -137,7 +144,7 @@ class TorchRunner:
                 row.tokens[-1] = self._last[extend.seq]
             tokens += row.tokens
             rows.append(row)
-        layout = self._layouts.build(extends)
+        layout = self._layouts.build(extends, self.prefix_levels)
         assert all(holding.tier is Tier.DEVICE for extend in extends for holding in extend.holdings)
         step = step_context(layout, self.pages, self.backends)
         x = self.decoder.forward(torch.from_numpy(np.array(tokens, np.int64)), step)

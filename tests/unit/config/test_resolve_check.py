@@ -6,6 +6,7 @@ import pytest
 
 from millstream.config.load import build
 from millstream.config.schema import EngineConfig
+from millstream.core.cache import ALL_LEVELS
 from millstream.core.errors import ConfigError, UnknownName
 from millstream.engine.check import check
 from millstream.engine.resolve import Machine, resolve
@@ -43,18 +44,20 @@ def test_everything_auto_is_settled_with_a_reason_and_twice_the_same():
     assert found.blocks["full"] * found.block_size >= found.max_context and found.host_blocks == {"full": 0}
     names = {decision.name for decision in found.decisions}
     assert {"runner.threads", "runner.plans", "model.max_context", "cache.bytes", "sched.meters"} <= names
+    assert "runner.shared_prefix" in names and found.prefix_levels == ALL_LEVELS
     assert all(decision.value and decision.reason for decision in found.decisions)
 
 
 def test_what_is_given_is_kept_and_needs_no_reason():
     tree = {
-        "runner": {"plans": 2, "threads": 1},
+        "runner": {"plans": 2, "threads": 1, "shared_prefix": "off"},
         "cache": {"kv": "plain", "block_size": 32, "blocks": 64},
         "sched": {"step_tokens": 17, "max_rows": 5, "meters": ["kv-blocks"]},
         "model": {"max_context": 100},
     }
     found = settle(tree)
     assert (found.plans, found.threads, found.block_size, found.max_context) == (2, 1, 32, 100)
+    assert found.prefix_levels == 0
     assert found.blocks == {"full": 64} and [meter.name for meter in found.meters] == ["kv-blocks"]
     assert {decision.name for decision in found.decisions} <= {"cache.host_bytes"}
 
@@ -87,6 +90,7 @@ def test_swap_gets_host_blocks():
     [
         ({"runner": {"threads": 0}}, "runner.threads"),
         ({"runner": {"plans": 3}}, "runner.plans"),
+        ({"runner": {"shared_prefix": "on"}}, "runner.shared_prefix"),
         ({"model": {"max_context": 1}}, "model.max_context"),
         ({"model": {"max_context": 4096}}, "2 to 2048"),
         ({"cache": {"block_size": 0}}, "cache.block_size"),
@@ -107,6 +111,7 @@ def test_values_that_cannot_be_are_refused_by_name(tree, word):
     [
         ({"model": {"dtype": "float8"}}, UnknownName, ["model.dtype", "float32"]),
         ({"sched": {"preemption": "swop"}}, UnknownName, ["sched.preemption", "'swap'"]),
+        ({"runner": {"shared_prefix": "tre"}}, UnknownName, ["runner.shared_prefix", "'tree'"]),
         ({"sched": {"policies": []}}, ConfigError, ["sched.policies", "fcfs"]),
         ({"sched": {"policies": ["fcsf"]}}, UnknownName, ["fcsf", "'fcfs'"]),
         ({"sched": {"meters": ["seats"]}}, ConfigError, ["kv-blocks"]),

@@ -19,7 +19,7 @@ from millstream.ops.table import Refusal
 _POINTERS = ("q", "out", "lse", "k", "v", "query_start", "seq_lens", "block_tables", "parallel")
 _SIZES = (
     *("q_token_stride", "q_head_stride", "out_token_stride", "out_head_stride", "num_rows", "table_stride"),
-    *("num_blocks", "block_size", "heads", "kv_heads", "dim", "window", "num_threads", "page_bits"),
+    *("num_blocks", "block_size", "heads", "kv_heads", "dim", "window", "num_threads", "page_bits", "levels"),
 )
 
 
@@ -41,6 +41,7 @@ class State:
     seq_lens: torch.Tensor
     block_tables: dict[str, torch.Tensor]
     num_tokens: int
+    prefix_levels: int
     args: dict[str, AttentionArgs] = field(default_factory=dict)
 
 
@@ -51,6 +52,7 @@ def prepare(layout: BatchLayout) -> State:
         layout.seq_lens.to(torch.int32).contiguous(),
         {name: group.block_tables.to(torch.int32).contiguous() for name, group in layout.groups.items()},
         layout.num_tokens,
+        layout.prefix_levels,
     )
 
 
@@ -119,4 +121,52 @@ def _shared_args(pages: Pages, num_blocks: int, state: State) -> AttentionArgs:
     args.num_blocks, args.kv_heads = num_blocks, pages.group.kv_heads
     args.dim, args.block_size = pages.group.head_dim, pages.block_size
     args.page_bits = pages.dtype.itemsize * 8
+    args.levels = state.prefix_levels
     return args
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Keys [start, stop) that `rows` of a step walk together, in a tree's level `depth`, counted from 1."""
+
+    start: int
+    stop: int
+    rows: tuple[int, ...]
+    depth: int
+
+
+def branches(
+    layout: BatchLayout,
+    group: str,
+    num_blocks: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None = None,
+) -> list[Branch]:
+    """What the kernels read once for several rows in a step of `layout`. Raises KernelError and IndexError."""
+    state = prepare(layout)
+    table = state.block_tables[group]
+    args = AttentionArgs()
+    args.query_start, args.seq_lens = state.query_start.data_ptr(), state.seq_lens.data_ptr()
+    args.block_tables, args.table_stride = table.data_ptr(), table.shape[1]
+    args.num_rows, args.num_blocks, args.block_size = layout.num_rows, num_blocks, layout.block_size
+    args.heads, args.kv_heads, args.dim, args.window = heads, kv_heads, head_dim, window or 0
+    args.levels, args.num_threads = layout.prefix_levels, torch.get_num_threads()
+    kernel = build.library("paged_attention").millstream_branches
+    kernel.restype = ctypes.c_int64
+    room = 0
+    while True:
+        out = torch.empty(room, dtype=torch.int32)
+        needed = kernel(ctypes.byref(args), ctypes.c_void_p(out.data_ptr()), ctypes.c_int64(room))
+        if needed < 0:
+            raise IndexError("a row needs a block that it does not hold, or has fewer tokens than queries")
+        if needed <= room:
+            break
+        room = needed
+    numbers, found = out[:needed].tolist(), []
+    while numbers:
+        start, stop, _, depth, count = numbers[:5]
+        found.append(Branch(start, stop, tuple(numbers[5 : 5 + count]), depth))
+        numbers = numbers[5 + count :]
+    return found

@@ -83,6 +83,7 @@ inline void write4(uint8_t *head, int64_t dim, int64_t block_size, int64_t offse
 
 struct Int4 : Shared<Int4> {
   using Shared<Int4>::Shared;
+  static constexpr int64_t NEAR = Int8::NEAR, FAR = Int8::FAR, ASIDE = Int8::ASIDE; // not measured apart
 
   // Queries of an item as they lie in its scratch: high bytes, low bytes, then the scale of each and its sum.
   struct Queries {
@@ -118,25 +119,19 @@ struct Int4 : Shared<Int4> {
   }
 
   // The tile that begins at `key`, where it is one run of memory.
-  Ahead tile(int64_t sequence, int64_t kv_head, int64_t key) const {
-    const int32_t block = a.block_tables[sequence * a.table_stride + key / a.block_size];
+  Ahead tile(const int32_t *blocks, int64_t kv_head, int64_t key) const {
+    const int32_t block = blocks[key / a.block_size];
     if (block < 0 || a.block_size != TILE) return {};
     return {reinterpret_cast<const char *>(head_of(block, kv_head)), head_bytes4(a.dim, a.block_size) / 64};
   }
 
   // The first tile of an item.
-  Ahead first_tile(const Item &item) const {
-    const int64_t start = a.seq_lens[item.sequence] - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
-    const int64_t first = std::max<int64_t>(int64_t(item.from) * SEGMENT, first_key(start + item.begin / ratio));
-    return tile(item.sequence, item.kv_head, first / TILE * TILE);
-  }
+  Ahead first_tile(const Item &item) const { return tile(blocks_of(item.sequence), item.kv_head, item.first / TILE * TILE); }
 
   void pack(const Item &item, float *q) const {
     const Queries to = queries(q);
     for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t token = a.query_start[item.sequence] + (item.begin + r) / ratio;
-      const int64_t head = item.kv_head * ratio + (item.begin + r) % ratio;
-      const float *from = a.q + token * a.q_token_stride + head * a.q_head_stride;
+      const float *from = query(item, r);
       const float most = largest(from, a.dim);
       // 127 * 256 + 127 is the most that two signed bytes hold.
       const float inverse = most > 0.0f ? 32639.0f / most : 0.0f;
@@ -294,32 +289,24 @@ struct Int4 : Shared<Int4> {
   }
 
   // `then` is what this thread is likely to take next, or null.
-  void segment(const Item &item, int64_t number, float *scratch, float *s, const State &state, const Item *then) const {
-    clear(state, item.rows);
+  void walk(const Item &item, const Reach &reach, float *scratch, float *s, const State &state, const Item *then) const {
     const Queries q = queries(scratch);
-    const int64_t length = a.seq_lens[item.sequence], stored = padded4(a.dim);
-    const int64_t start = length - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
-    const int32_t *blocks = a.block_tables + item.sequence * a.table_stride;
-    int64_t low[TOKENS_MAX], high[TOKENS_MAX];
-    for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t position = start + (item.begin + r) / ratio;
-      low[r] = first_key(position), high[r] = position + 1;
-    }
-    const int64_t seg_from = std::max(number * SEGMENT, low[0]);
-    const int64_t seg_to = std::min((number + 1) * SEGMENT, high[item.rows - 1]);
-    for (int64_t key = seg_from / TILE * TILE; key < seg_to; key += TILE) {
+    const int64_t stored = padded4(a.dim);
+    const int32_t *blocks = reach.blocks;
+    const int64_t *low = reach.low, *high = reach.high;
+    for (int64_t key = reach.from / TILE * TILE; key < reach.to; key += TILE) {
       Keys keys[GROUPS] = {};
       for (int g = 0; g < GROUPS; g++) {
         const int64_t at = key + g * LANES, offset = at % a.block_size;
         // A group of keys that nobody sees may have no block; batch() does not touch it.
-        if (at + LANES <= low[0] || at >= seg_to) continue;
+        if (at + LANES <= low[0] || at >= reach.to) continue;
         const uint8_t *head = head_of(blocks[at / a.block_size], item.kv_head);
         const uint16_t *scales = reinterpret_cast<const uint16_t *>(head + a.block_size * stored) + offset;
         keys[g] = {head + offset * 4, head + a.block_size * stored / 2 + offset / 4 * stored * 2, scales,
                    scales + 2 * a.block_size};
       }
-      Ahead ahead = key + TILE < seg_to ? tile(item.sequence, item.kv_head, key + TILE) : Ahead{};
-      if (key + TILE >= seg_to && then) ahead = first_tile(*then);
+      Ahead ahead = key + TILE < reach.to ? tile(blocks, item.kv_head, key + TILE) : Ahead{};
+      if (key + TILE >= reach.to && then) ahead = first_tile(*then);
       for (int64_t r = 0; r < item.rows; r += 3) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
         switch (std::min<int64_t>(3, item.rows - r)) {

@@ -6,6 +6,8 @@
 // and values are stored. Dot products are exact; attention.h says how tiles and segments become a result.
 #pragma once
 
+#include <type_traits>
+
 #include "attention.h"
 #include "int8.h"
 
@@ -38,7 +40,11 @@ inline int8::Ints whole(const float *x, int64_t d, int64_t dim, float inverse) {
 }
 
 inline void put_bytes(uint8_t *to, int8::Ints x) {
+#if defined(__AVX512F__)
+  const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#else
   const Bytes bytes = __builtin_convertvector(x & 255, Bytes);
+#endif
   std::memcpy(to, &bytes, sizeof bytes);
 }
 
@@ -61,8 +67,11 @@ inline void write8(uint8_t *head, int64_t dim, int64_t block_size, int64_t offse
   for (int64_t d = 0; d < width; d++) values[d * 4] = bytes[d];
 }
 
+constexpr int HELD = 3; // rows of a batch whose sums are in registers: both bytes of 3 x 4 vectors
+
 struct Int8 : Shared<Int8> {
   using Shared<Int8>::Shared;
+  static constexpr int64_t NEAR = 1, FAR = 4, ASIDE = 80; // measured
 
   // Queries of an item as they lie in its scratch: high bytes, low bytes, then the scale of each and what the centre of
   // the keys adds to its sums.
@@ -90,26 +99,20 @@ struct Int8 : Shared<Int8> {
   };
 
   // The tile that begins at `key`, where it is one run of memory.
-  Ahead tile(int64_t sequence, int64_t kv_head, int64_t key) const {
-    const int32_t block = a.block_tables[sequence * a.table_stride + key / a.block_size];
+  Ahead tile(const int32_t *blocks, int64_t kv_head, int64_t key) const {
+    const int32_t block = blocks[key / a.block_size];
     if (block < 0 || a.block_size != TILE) return {};
     const int64_t head_size = head_bytes8(a.dim, a.block_size);
     return {static_cast<const char *>(a.k) + (int64_t(block) * a.kv_heads + kv_head) * head_size, head_size / 64};
   }
 
   // The first tile of an item.
-  Ahead first_tile(const Item &item) const {
-    const int64_t start = a.seq_lens[item.sequence] - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
-    const int64_t first = std::max<int64_t>(int64_t(item.from) * SEGMENT, first_key(start + item.begin / ratio));
-    return tile(item.sequence, item.kv_head, first / TILE * TILE);
-  }
+  Ahead first_tile(const Item &item) const { return tile(blocks_of(item.sequence), item.kv_head, item.first / TILE * TILE); }
 
   void pack(const Item &item, float *q) const {
     const Queries to = queries(q);
     for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t token = a.query_start[item.sequence] + (item.begin + r) / ratio;
-      const int64_t head = item.kv_head * ratio + (item.begin + r) % ratio;
-      const float *from = a.q + token * a.q_token_stride + head * a.q_head_stride;
+      const float *from = query(item, r);
       const float most = largest(from, a.dim);
       // 127 * 256 + 127 is the most that two signed bytes hold.
       const float inverse = most > 0.0f ? 32639.0f / most : 0.0f;
@@ -181,6 +184,34 @@ struct Int8 : Shared<Int8> {
     return top / 65535.0f;
   }
 
+  // The same for R rows that see the whole tile, step by step for all of them. `s` is overwritten, `by` has LANES.
+  template <int R>
+  inline void weigh_whole(float *s, const float *const *value_scales, uint8_t (*high)[TILE], uint8_t (*low)[TILE],
+                          float *by) const {
+    alignas(64) float top[LANES] = {}, inverse[LANES];
+    for (int r = 0; r < R; r++) {
+      Vec most = {};
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) {
+        const Vec x = Width16::load(s + r * TILE + g * LANES) * Width16::load(value_scales[g]);
+        Width16::store(s + r * TILE + g * LANES, x);
+        most = larger(x, most);
+      }
+      top[r] = fold_max(most);
+    }
+    const Vec tops = Width16::load(top);
+    Width16::store(inverse, tops > 0.0f ? 65535.0f / tops : Vec{});
+    Width16::store(by, tops / 65535.0f);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUPS; g++) {
+        const int8::Ints x =
+            __builtin_convertvector(Width16::load(s + r * TILE + g * LANES) * inverse[r] + 0.5f, int8::Ints);
+        put_bytes(high[r] + g * LANES, x >> 8);
+        put_bytes(low[r] + g * LANES, x);
+      }
+  }
+
   // acc[r] = acc[r] * fade[r] + what the values of a tile add, over G groups of 16 dimensions.
   template <int G, int R>
   inline void values(const uint8_t *const *v, int first, int last, const uint8_t (*high)[TILE], const uint8_t (*low)[TILE],
@@ -225,44 +256,54 @@ struct Int8 : Shared<Int8> {
     const int64_t from = std::max(least, key) - key, to = std::min<int64_t>(most, key + TILE) - key;
     if (from >= to) return;
     const int first = int(from / LANES), last = int((to + LANES - 1) / LANES);
-    if (WIDE == 4 && first == 0 && last == GROUPS && a.block_size % TILE == 0)
-      scores<4, R>(q, row, k[0], key_scales[0], s, ahead);
-    else
-      for (int g = first; g < last; g++) scores<1, R>(q, row, k[g], key_scales[g], s + g * LANES, ahead);
-    float fade[R], by[R];
-    uint8_t high[R][TILE], low[R][TILE];
-    for (int r = 0; r < R; r++) {
-      fade[r] = soften(s + r * TILE, key, low_key[r], high_key[r], first, last, state.top[r], state.sum[r]);
-      by[r] = weigh(s + r * TILE, value_scales, first, last, high[r], low[r]);
+    // Of R rows, HELD at a time: what registers hold of their sums.
+    constexpr int FIRST = std::min(R, HELD), REST = R - FIRST;
+    const auto score = [&](auto rows, int at) {
+      constexpr int N = decltype(rows)::value;
+      if (WIDE == 4 && first == 0 && last == GROUPS && a.block_size % TILE == 0)
+        scores<4, N>(q, row + at, k[0], key_scales[0], s + at * TILE, ahead);
+      else
+        for (int g = first; g < last; g++) scores<1, N>(q, row + at, k[g], key_scales[g], s + at * TILE + g * LANES, ahead);
+    };
+    score(std::integral_constant<int, FIRST>{}, 0);
+    if constexpr (REST > 0) score(std::integral_constant<int, REST>{}, FIRST);
+    alignas(64) float fade[LANES], by[LANES];
+    alignas(64) uint8_t high[R][TILE], low[R][TILE];
+    if (whole_tile<R>(key, low_key, high_key)) {
+      soften_whole<R>(s, state, fade);
+      weigh_whole<R>(s, value_scales, high, low, by);
+    } else {
+      for (int r = 0; r < R; r++) {
+        fade[r] = soften(s + r * TILE, key, low_key[r], high_key[r], first, last, state.top[r], state.sum[r]);
+        by[r] = weigh(s + r * TILE, value_scales, first, last, high[r], low[r]);
+      }
     }
-    int64_t d = 0;
-    if constexpr (WIDE == 4)
-      for (; d + 64 <= width; d += 64) values<4, R>(v, first, last, high, low, by, fade, d, state.acc, ahead);
-    for (; d < width; d += 16) values<1, R>(v, first, last, high, low, by, fade, d, state.acc, ahead);
+    const auto add = [&](auto rows, int at) {
+      constexpr int N = decltype(rows)::value;
+      float *acc = state.acc + at * width;
+      int64_t d = 0;
+      if constexpr (WIDE == 4)
+        for (; d + 64 <= width; d += 64)
+          values<4, N>(v, first, last, high + at, low + at, by + at, fade + at, d, acc, ahead);
+      for (; d < width; d += 16) values<1, N>(v, first, last, high + at, low + at, by + at, fade + at, d, acc, ahead);
+    };
+    add(std::integral_constant<int, FIRST>{}, 0);
+    if constexpr (REST > 0) add(std::integral_constant<int, REST>{}, FIRST);
   }
 
   // `then` is what this thread is likely to take next, or null.
-  void segment(const Item &item, int64_t number, float *scratch, float *s, const State &state, const Item *then) const {
-    clear(state, item.rows);
+  void walk(const Item &item, const Reach &reach, float *scratch, float *s, const State &state, const Item *then) const {
     const Queries q = queries(scratch);
-    const int64_t length = a.seq_lens[item.sequence];
-    const int64_t start = length - (a.query_start[item.sequence + 1] - a.query_start[item.sequence]);
-    const int32_t *blocks = a.block_tables + item.sequence * a.table_stride;
     const int64_t head_size = head_bytes8(a.dim, a.block_size);
-    int64_t low[TOKENS_MAX], high[TOKENS_MAX];
-    for (int64_t r = 0; r < item.rows; r++) {
-      const int64_t position = start + (item.begin + r) / ratio;
-      low[r] = first_key(position), high[r] = position + 1;
-    }
-    const int64_t seg_from = std::max(number * SEGMENT, low[0]);
-    const int64_t seg_to = std::min((number + 1) * SEGMENT, high[item.rows - 1]);
-    for (int64_t key = seg_from / TILE * TILE; key < seg_to; key += TILE) {
+    const int32_t *blocks = reach.blocks;
+    const int64_t *low = reach.low, *high = reach.high;
+    for (int64_t key = reach.from / TILE * TILE; key < reach.to; key += TILE) {
       const uint8_t *k[GROUPS] = {}, *v[GROUPS] = {};
       const float *key_scales[GROUPS] = {}, *value_scales[GROUPS] = {};
       for (int g = 0; g < GROUPS; g++) {
         const int64_t at = key + g * LANES, offset = at % a.block_size;
         // A group of keys that nobody sees may have no block; batch() does not touch it.
-        if (at + LANES <= low[0] || at >= seg_to) continue;
+        if (at + LANES <= low[0] || at >= reach.to) continue;
         const uint8_t *head = static_cast<const uint8_t *>(a.k) +
                               (int64_t(blocks[at / a.block_size]) * a.kv_heads + item.kv_head) * head_size;
         k[g] = head + offset * 4;
@@ -270,14 +311,17 @@ struct Int8 : Shared<Int8> {
         key_scales[g] = reinterpret_cast<const float *>(head + 2 * a.block_size * width) + offset;
         value_scales[g] = key_scales[g] + a.block_size;
       }
-      Ahead ahead = key + TILE < seg_to ? tile(item.sequence, item.kv_head, key + TILE) : Ahead{};
-      if (key + TILE >= seg_to && then) ahead = first_tile(*then);
-      for (int64_t r = 0; r < item.rows; r += 3) {
+      Ahead ahead = key + TILE < reach.to ? tile(blocks, item.kv_head, key + TILE) : Ahead{};
+      if (key + TILE >= reach.to && then) ahead = first_tile(*then);
+      for (int64_t r = 0; r < item.rows; r += BATCH) {
         const State rows{state.top + r, state.sum + r, state.acc + r * width};
-        switch (std::min<int64_t>(3, item.rows - r)) {
+        switch (std::min<int64_t>(BATCH, item.rows - r)) {
         case 1: batch<1>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
         case 2: batch<2>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
-        default: batch<3>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        case 3: batch<3>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        case 4: batch<4>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        case 5: batch<5>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
+        default: batch<6>(q, r, k, v, key_scales, value_scales, key, low + r, high + r, s, rows, ahead); break;
         }
       }
       ahead.some(TILE);

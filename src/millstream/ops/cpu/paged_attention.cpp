@@ -6,7 +6,8 @@ namespace {
 using namespace attention;
 
 template <class E> int attend(const Args &a) {
-  Plain<E> plain(a);
+  static thread_local Scratch kept;
+  Plain<E> plain(a, kept);
   if (plain.plan() != 0) return -1;
   plain.run();
   return 0;
@@ -90,6 +91,24 @@ int millstream_paged_attention(const MillstreamAttention *a) {
 // 0, or -1 when a slot lies beyond the pages; nothing is written then. A negative slot is passed over.
 int millstream_kv_write(const MillstreamWrite *a) {
   return a->page_bits == 16 ? write<uint16_t>(*a) : write<float>(*a);
+}
+
+// The branches of a step, for whoever wants to know what is walked together: from, to, wave, depth, number of rows and
+// the rows of each, one after the other. Returns how many numbers that are and writes as many as there is `room` for;
+// -1 as above.
+int64_t millstream_branches(const MillstreamAttention *a, int32_t *out, int64_t room) {
+  Scratch kept;
+  Plain<float> plain(*a, kept);
+  if (plain.plan() != 0) return -1;
+  int64_t used = 0;
+  const auto put = [&](int32_t x) {
+    if (used++ < room) out[used - 1] = x;
+  };
+  for (const Branch &b : plain.branches) {
+    for (const int32_t x : {b.from, b.to, b.wave, b.depth, b.count}) put(x);
+    for (int32_t i = 0; i < b.count; i++) put(plain.members[size_t(b.first + i)]);
+  }
+  return used;
 }
 
 // Sizes of the argument structs: the caller checks that it sees the same ones.

@@ -49,7 +49,7 @@ struct MillstreamStep {
   void *scratch;
   int64_t first_layer, last_layer, num_groups, num_tokens, num_rows, width, scratch_bytes, num_threads;
   float embed_scale;
-  int32_t unused;
+  int32_t levels; // of shared prefixes that rows may walk together, as in MillstreamAttention
 };
 
 // Logits (rows, outputs) of some rows of x, from the last norm on.
@@ -181,11 +181,11 @@ struct GroupAttention {
   std::unique_ptr<attention::Int8> bytes;
   std::unique_ptr<attention::Int4> nibbles;
 
-  int plan(int64_t kind) {
-    if (kind == 0) return (wide.reset(new attention::Plain<float>(args)), wide->plan());
-    if (kind == 1) return (half.reset(new attention::Plain<uint16_t>(args)), half->plan());
-    if (kind == 2) return (bytes.reset(new attention::Int8(args)), bytes->plan());
-    return (nibbles.reset(new attention::Int4(args)), nibbles->plan());
+  int plan(int64_t kind, attention::Scratch &kept) {
+    if (kind == 0) return (wide.reset(new attention::Plain<float>(args, kept)), wide->plan());
+    if (kind == 1) return (half.reset(new attention::Plain<uint16_t>(args, kept)), half->plan());
+    if (kind == 2) return (bytes.reset(new attention::Int8(args, kept)), bytes->plan());
+    return (nibbles.reset(new attention::Int4(args, kept)), nibbles->plan());
   }
 
   template <class F> void with(F f) {
@@ -195,9 +195,9 @@ struct GroupAttention {
     else f(*nibbles);
   }
 
-  bool in_parts() {
-    bool found = false;
-    with([&](auto &kind) { found = !kind.split.empty(); });
+  int waves() {
+    int found = 0;
+    with([&](auto &kind) { found = kind.waves(); });
     return found;
   }
 };
@@ -206,7 +206,8 @@ struct Layers {
   const MillstreamStep &step;
   std::vector<GroupAttention> attentions;
   std::vector<std::atomic<int64_t>> taken;
-  std::vector<std::atomic<int>> items;
+  std::vector<std::atomic<int>> items; // by layer and wave
+  size_t waves = 1;
   pool::Barrier barrier;
   int8::Rows wide{}, inner{};
   float *qkv = nullptr, *seen = nullptr, *lse = nullptr, *hidden = nullptr, *middle = nullptr;
@@ -216,8 +217,7 @@ struct Layers {
   static constexpr int PHASES = 11;
 
   Layers(const MillstreamStep &s, uint32_t members)
-      : step(s), taken(size_t(PHASES * (s.last_layer - s.first_layer) + 1) * members),
-        items(size_t(s.last_layer - s.first_layer)), size(members) {}
+      : step(s), taken(size_t(PHASES * (s.last_layer - s.first_layer) + 1) * members), size(members) {}
 
   int64_t lay_out(char *memory) {
     int64_t widest = step.width, inner_width = 1, heads = 1, whole_width = 0;
@@ -243,6 +243,8 @@ struct Layers {
   }
 
   int plan() {
+    static thread_local std::vector<attention::Scratch> kept;
+    kept.resize(std::max(kept.size(), size_t(step.num_groups)));
     attentions.resize(size_t(step.num_groups));
     for (int64_t i = step.first_layer; i < step.last_layer; i++) {
       const MillstreamLayer &l = step.layers[i];
@@ -257,11 +259,13 @@ struct Layers {
       a.q_token_stride = qkv_width, a.q_head_stride = l.dim, a.out_token_stride = seen_width, a.out_head_stride = l.dim;
       a.num_rows = step.num_rows, a.table_stride = g.table_stride, a.num_blocks = g.num_blocks;
       a.block_size = g.block_size, a.heads = l.heads, a.kv_heads = l.kv_heads, a.dim = l.dim, a.window = l.window;
-      a.num_threads = size, a.page_bits = 32, a.scale = l.scale, a.softcap = l.softcap;
-      if (attend.plan(g.kind) != 0) return -1;
+      a.num_threads = size, a.page_bits = 32, a.levels = step.levels, a.scale = l.scale, a.softcap = l.softcap;
+      if (attend.plan(g.kind, kept[size_t(l.group)]) != 0) return -1;
+      waves = std::max(waves, size_t(attend.waves()));
       for (int64_t t = 0; t < step.num_tokens; t++)
         if (g.slots[t] < 0 || g.slots[t] >= g.num_blocks * g.block_size) return -1;
     }
+    items = std::vector<std::atomic<int>>(waves * size_t(step.last_layer - step.first_layer));
     return 0;
   }
 
@@ -334,12 +338,12 @@ struct Layers {
       GroupAttention &attend = attentions[size_t(l.group)];
       if (member == 0) attend.args.k = l.k, attend.args.v = l.v;
       barrier.wait(size);
-      attend.with([&](auto &kind) { kind.work(items[size_t(i - step.first_layer)]); });
-      barrier.wait(size);
-      if (attend.in_parts()) {
-        if (member == 0) attend.with([&](auto &kind) { kind.join(); });
-        barrier.wait(size);
-      }
+      attend.with([&](auto &kind) {
+        for (int wave = 0; wave < kind.waves(); wave++) {
+          kind.work(wave, items[size_t(i - step.first_layer) * waves + size_t(wave)]);
+          barrier.wait(size);
+        }
+      });
       int8::Rows heads = wide;
       heads.runs = runs(l.heads * l.dim);
       share(tokens, [&](int64_t t) {
@@ -421,15 +425,22 @@ inline uint32_t members(int64_t threads) { return uint32_t(std::min(std::max<int
 // One layer's attention over pages of codes.
 template <class Kind> int attend(MillstreamAttention args) {
   if (args.num_threads > 1) args.parallel = [](void (*)(void *), void *, unsigned, unsigned) {};
-  Kind pages(args);
+  static thread_local attention::Scratch kept;
+  Kind pages(args, kept);
   if (pages.plan() != 0) return -1;
-  struct Job {
-    Kind &pages;
-    std::atomic<int> next;
-  } job{pages, {0}};
-  pool::team().run([](void *self, uint32_t, uint32_t) { static_cast<Job *>(self)->pages.work(static_cast<Job *>(self)->next); },
-                   &job, members(pages.threads));
-  pages.join();
+  for (int wave = 0; wave < pages.waves(); wave++) {
+    struct Job {
+      const Kind &pages;
+      int wave;
+      std::atomic<int> next;
+    } job{pages, wave, {0}};
+    pool::team().run(
+        [](void *self, uint32_t, uint32_t) {
+          Job &job = *static_cast<Job *>(self);
+          job.pages.work(job.wave, job.next);
+        },
+        &job, members(pages.threads_of(wave)));
+  }
   return 0;
 }
 

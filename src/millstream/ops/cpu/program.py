@@ -68,7 +68,7 @@ class Step(ctypes.Structure):
                 *("scratch_bytes", "num_threads"),
             )
         ]
-        + [("embed_scale", c_float), ("unused", c_int32)]
+        + [("embed_scale", c_float), ("levels", c_int32)]
     )
 
 
