@@ -66,7 +66,7 @@ def backend(kind: str, step: Step) -> AttentionBackend:
     name = PAGES[kind][2]
     found: AttentionBackend = registry.make("attention", name)
     ask = ask_of(step.case)
-    if kind == "bytes":
+    if kind in ("bytes", "nibbles"):
         ask = dataclasses.replace(ask, page_dtype="uint8", page_layout=step.pages.layout)
     refusal = found.accepts(ask)
     if refusal is not None:
