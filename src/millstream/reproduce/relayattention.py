@@ -241,7 +241,7 @@ class RelayAttention(Experiment):
         out = {}
         for (kind, s), step in self.steps.items():
             for b in self.batches:
-                count = 5 if b < 8 else ctx.size(3, 1)
+                count = 15 if b < 8 else ctx.size(3, 1)
                 times = [self.replays[kind].attention(step.first(b), levels)[0] for _ in range(count)]
                 out[f"attention_s_{point(kind, s, b)}"] = statistics.median(times)
                 if s == SERVED_PREFIX:

@@ -145,7 +145,7 @@ def test_a_switch_names_the_plugins_of_the_paper(monkeypatch: pytest.MonkeyPatch
     cards = (papers.PlacedCard("policy", Card("autellix", "...", paper=42)),)
     monkeypatch.setattr(papers, "plugin_cards", lambda: cards)
     assert papers.find("autellix").switch == "`sched.policies=autellix`"
-    assert papers.find("hydragen").switch == "-"
+    assert papers.find("petals").switch == "-"
 
 
 def test_every_switch_is_a_config_key() -> None:
