@@ -16,7 +16,7 @@ import ctypes, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {tests!r} + "/../models", {tests!r} + "/.."]
 import torch
-import conftest
+import attention_steps
 from millstream.core import registry
 from millstream.formats.kv import _coded
 from millstream.formats.kv.plain import device
@@ -33,9 +33,9 @@ for source in build.SOURCES.glob("*.cpp"):
 device._zeros = _coded.zeros = lambda shape, dtype, where: torch.zeros(shape, dtype=dtype)
 backend = registry.make("attention", "cpu-paged")
 for case in CASES:
-    conftest.lay_out(case).whole(backend)
+    attention_steps.lay_out(case).whole(backend)
     for kv in ("int8", "int4") if case.page_dtype == "float32" else ():
-        conftest.lay_out(case, kv).whole(registry.make("attention", "cpu-" + kv))
+        attention_steps.lay_out(case, kv).whole(registry.make("attention", "cpu-" + kv))
 import test_shared_prefix as shared
 for kind in shared.PAGES:
     for options in ({{}}, {{"block_size": 48, "window": 600}}):

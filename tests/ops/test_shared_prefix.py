@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import Step, ask_of, lay_out
+from attention_steps import Step, ask_of, lay_out
 from millstream.core import registry
 from millstream.core.cache import ALL_LEVELS, EVERY_LEVEL
 from millstream.ops.attention._native import Branch, branches
