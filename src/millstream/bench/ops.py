@@ -1,7 +1,7 @@
 """The ops of a model one by one: how fast, and what share of what the machine can do.
 
 Every op that has a native implementation is measured on the shapes that the model has when 1, 8 and 64 rows decode and
-when a prompt of 512 tokens is computed, beside its reference; so are attention over both kinds of pages and the layers
+when a prompt of 512 tokens is computed, beside its reference; so are attention over each kind of pages and the layers
 of a whole step as one native call. Weights are the model's own, and calls go from layer to layer as a step does, so
 that they come from where they come from in a step and not always from the nearest cache.
 
@@ -36,7 +36,9 @@ from millstream.ops.cpu import sampling as _sampling  # noqa: F401 - registers
 from millstream.ops.cpu.ceilings import READ_BYTES, Ceilings, measure_ceilings
 from millstream.ops.layout import BatchLayout, GroupLayout
 from millstream.ops.ref.blocks import linear_blocks
-from millstream.ops.ref.kv import kv_write, kv_write8
+from millstream.ops.ref.channel import linear_channel
+from millstream.ops.ref.fpx import embedding_fpx, linear_fpx
+from millstream.ops.ref.kv import kv_write, kv_write4, kv_write8
 from millstream.ops.ref.linear import linear
 from millstream.ops.ref.norm import rms_norm
 from millstream.ops.ref.sampling import Draw, sample_tokens
@@ -53,8 +55,11 @@ CEILING_REPEATS = 3
 # Slower calls than this are asked fewer times: references of whole matrices.
 SLOW_S = 0.1
 BITS = {"block4": 4, "block8": 8}
+CHANNEL_BITS = {"w4a8": 4, "w8a8": 8}
 # How each kind of pages is attended to natively, and in which numbers.
-PAGES = {"int8": ("cpu-int8", "int8"), "plain": ("cpu-paged", "float32")}
+PAGES = {"int8": ("cpu-int8", "int8"), "int4": ("cpu-int4", "int8"), "plain": ("cpu-paged", "float32")}
+# Layers whose matrices are packed anew into a format that the model is not kept in.
+PACKED_LAYERS = 4
 
 Say = Callable[[str], None]
 
@@ -209,8 +214,12 @@ def _ops(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> dict[str,
     return {
         "linear_blocks": lambda: _products(decoder, shapes, source, in_blocks=True),
         "linear": lambda: _products(decoder, shapes, source, in_blocks=False),
+        "linear_channel": lambda: _packed(decoder, shapes, source, ("w8a8", "w4a8")),
+        "linear_fpx": lambda: _packed(decoder, shapes, source, ("fp6-e3m2",)),
+        "embedding_fpx": lambda: _looked_up(decoder, shapes, source, "fp6-e3m2"),
         "attention": lambda: _attention(decoder, shapes, source),
         "kv_write8": lambda: _writes(decoder, shapes, source, "int8"),
+        "kv_write4": lambda: _writes(decoder, shapes, source, "int4"),
         "kv_write": lambda: _writes(decoder, shapes, source, "plain"),
         "sample_tokens": lambda: _draws(decoder, shapes, source),
         "rms_norm": lambda: _norms(decoder, shapes, source),
@@ -280,6 +289,50 @@ def _products(decoder: Decoder, shapes: Shapes, source: torch.Generator, in_bloc
                 "int8" if in_blocks else "float32",
                 refused,
             )
+
+
+def _packed(decoder: Decoder, shapes: Shapes, source: torch.Generator, forms: Sequence[str]) -> Iterator[Work]:
+    """Products of formats that are packed out of floats, by the matrices of some layers, rounded to nearest."""
+    name = next(one for one in ("mlp.gate_up", "attn.qkv") if one in _matrices(decoder))
+    floats = [weight_format(one.format).unpack(one).float() for one in _matrices(decoder)[name][:PACKED_LAYERS]]
+    outputs, inputs = floats[0].shape
+    for form in forms:
+        packs = [weight_format(form).pack(one) for one in floats]
+        for tokens in shapes.tokens:
+            x = torch.randn(tokens, inputs, generator=source)
+            calls = [_arguments(x, one) for one in packs]
+            op: Op[..., Any] = linear_channel if form in CHANNEL_BITS else linear_fpx
+            arms, refused = _arms(op, calls)
+            yield Work(
+                op.name,
+                f"{name} {outputs} x {inputs}, {form}, {_words(tokens, 'token')}",
+                arms,
+                packs[0].nbytes + 4 * tokens * (inputs + outputs),
+                2 * tokens * inputs * outputs,
+                "int8" if form in CHANNEL_BITS else "",
+                refused,
+            )
+
+
+def _arguments(x: torch.Tensor, packed: Packed) -> tuple[Any, ...]:
+    if packed.format in CHANNEL_BITS:
+        return (x, packed["stream"], packed.shape[0], CHANNEL_BITS[packed.format])
+    form: Any = weight_format(packed.format)
+    return (x, packed["low"], packed["high"], packed["scale"], form.exponent, form.mantissa)
+
+
+def _looked_up(decoder: Decoder, shapes: Shapes, source: torch.Generator, name: str) -> Iterator[Work]:
+    """Rows of a matrix that is packed as an embedding would be."""
+    form: Any = weight_format(name)
+    one = _matrices(decoder)["attn.qkv"][0]
+    packed = form.pack(weight_format(one.format).unpack(one).float())
+    outputs, inputs = packed.shape
+    for tokens in shapes.tokens:
+        which = torch.randint(0, outputs, (tokens,), generator=source)
+        parts = (packed["low"], packed["high"], packed["scale"])
+        arms, refused = _arms(embedding_fpx, [(which, *parts, inputs, form.exponent, form.mantissa)])
+        moved = tokens * (packed.nbytes // outputs + 4 * inputs)
+        yield Work("embedding_fpx", f"{_words(tokens, 'row')} of {inputs}, {name}", arms, moved, 0, refused=refused)
 
 
 def _first_mixer(decoder: Decoder) -> tuple[CacheGroup, AttentionSpec]:
@@ -392,11 +445,11 @@ def _writes(decoder: Decoder, shapes: Shapes, source: torch.Generator, kv: str) 
         k, v = qkv[:, mixer.heads :][:, : mixer.kv_heads], qkv[:, mixer.heads + mixer.kv_heads :]
         slots = torch.arange(tokens) if tokens == shapes.prefill else torch.arange(tokens) * BLOCK + 7
         calls: list[tuple[Any, ...]]
-        if kv == "int8":
+        if kv != "plain":
             calls = [(pages.data[layer], slots, k, v, BLOCK) for layer in range(layers)]
         else:
             calls = [(pages.k[layer], pages.v[layer], slots, k, v) for layer in range(layers)]
-        op: Op[..., Any] = kv_write8 if kv == "int8" else kv_write
+        op: Op[..., Any] = {"int8": kv_write8, "int4": kv_write4, "plain": kv_write}[kv]
         arms, refused = _arms(op, calls)
         yield Work(
             op.name, f"{_words(tokens, 'token')}", arms, tokens * (token_bytes + 8 * k[0].numel()), 0, refused=refused
