@@ -57,6 +57,20 @@ def test_an_adversarial_row_overflows_with_a_range_of_127_and_not_with_119():
     assert int(((held["codes"] - held["z"]) * held["step"]).abs().max()) <= 127
 
 
+def test_making_errors_good_does_not_leave_a_byte():
+    # A step of 9 and a zero of 0: the last code would be 135. The errors of the first input push the second there.
+    weight = torch.tensor([[119.0, 118.0] + [-3.0] + [0.0] * 29])
+    grid = grid_of(weight, 1)
+    assert int(grid.step[0, 0]) == 9 and int(grid.z[0, 0]) == 0
+    gram = torch.eye(32)
+    gram[0, 1] = gram[1, 0] = -0.999
+    pushed = weight.clone()
+    pushed[0, 0] = 400.0
+    codes = rounded_in_turn(pushed, grid, 1, gram)
+    assert int(((codes - grid.z) * grid.step).abs().max()) <= 127
+    assert int(codes[0, 0]) == 14
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_row_of_any_shape_leaves_a_byte(seed):
     generator = torch.Generator().manual_seed(seed)

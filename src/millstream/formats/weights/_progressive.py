@@ -34,6 +34,15 @@ class Grid:
         unit, z = self._of(group)
         return (torch.round(weight / unit) + z).clamp_(0, TOP)
 
+    def in_a_byte(self, codes: torch.Tensor, group: int) -> torch.Tensor:
+        """Codes of one group, those that stand for more than a byte holds moved to the last that do not.
+
+        The nearest code of a weight that the grid was made for is never one. What makes the errors of others good may
+        lie beyond its row's range.
+        """
+        z, room = self.z[:, group : group + 1], torch.floor(127 / self.step[:, group : group + 1])
+        return codes.maximum((z - room).clamp(min=0)).minimum((z + room).clamp(max=TOP))
+
     def values(self, codes: torch.Tensor, group: slice | int = slice(None)) -> torch.Tensor:
         unit, z = self._of(group)
         return (codes - z) * unit
@@ -119,7 +128,7 @@ def rounded_in_turn(weight: torch.Tensor, grid: Grid, groups: int, gram: torch.T
         errors = torch.empty(weight.shape[0], stop - start)
         for i in range(start, stop):
             column = left[:, i : i + 1]
-            code = grid.codes(column, i // each)
+            code = grid.in_a_byte(grid.codes(column, i // each), i // each)
             codes[:, i : i + 1] = code
             error = (column - grid.values(code, i // each)) / inverse[i, i]
             errors[:, i - start : i - start + 1] = error
