@@ -62,7 +62,7 @@ def test_every_op_with_a_native_implementation_is_measured_beside_its_reference(
         by = {row.implementation for row in found.rows if row.op == op}
         assert by == {"cpu", table.REFERENCE}, op
     by = {row.implementation for row in found.rows if row.op == "attention"}
-    assert by == {"cpu-int8", "cpu-paged", "torch-ref"}
+    assert by == {"cpu-int8", "cpu-int4", "cpu-paged", "torch-ref"}
     assert {row.implementation for row in found.rows if row.op == "layers"} == {"program", "one by one"}
     assert not found.refused or set(found.refused) <= {"rms_norm: cpu"}
 
@@ -135,7 +135,7 @@ def test_json_says_what_was_measured(found):
 
 
 def test_what_cannot_be_measured_is_said(decoder):
-    with pytest.raises(BadRequest, match="one of linear_blocks, linear, attention"):
+    with pytest.raises(BadRequest, match="one of linear_blocks, linear, linear_channel"):
         measure_ops(decoder, SHAPES, only=("lineal",))
     with pytest.raises(BadRequest, match="repeats"):
         measure_ops(decoder, SHAPES, repeats=0)

@@ -209,7 +209,7 @@ def test_a_paper_without_an_experiment_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(registry, "names", lambda point: ["fastgen"])
-    assert commands.reproduce_command("hydragen", json=True) == 2
+    assert commands.reproduce_command("loquetier", json=True) == 2
     out, err = capsys.readouterr()
     assert "'not yet'" in err
     assert "fastgen" in err
