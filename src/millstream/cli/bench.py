@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
@@ -187,15 +186,14 @@ def _startup(args: argparse.Namespace) -> int:
 
 
 def _knee(args: argparse.Namespace, llm: LLM) -> int:
-    from millstream.engine.knee import SHARE, Bench, knee_file, measure_knee
-    from millstream.models.home import write_atomically
+    from millstream.engine.knee import SHARE, Bench, keep_knee, measure_knee
 
     made = llm.assembled
     bench = Bench(made.built.runner, made.spec, made.resolved.max_context, made.engine.decode.name)
     knee = measure_knee(bench, repeats=args.repeats or 5, seed=args.seed, say=note)
-    path = knee_file(made.source, made.resolved.config.model.weights)
-    value = {**knee.as_json(), "model": llm.model, "formats": _formats(llm), **_machine()}
-    write_atomically(path, json.dumps(value).encode())
+    about = {"model": llm.model, "formats": _formats(llm), **_machine()}
+    keep_knee(made.source, made.resolved.config.model.weights, knee, **about)
+    value = {**knee.as_json(), **about}
     if any(point.high > NOISY * point.low for point in knee.curve):
         note("the repeats differ much: something else was running; measure again when the machine is quiet")
     if args.plot is not None:

@@ -7,7 +7,6 @@ model is loaded, not before.
 from __future__ import annotations
 
 import importlib
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +22,9 @@ from millstream.core.request import Limits, Request
 from millstream.decode.protocol import Observer
 from millstream.engine.check import check
 from millstream.engine.engine import Engine
-from millstream.engine.knee import Bench, first_knee, knee_file, known_knee
-from millstream.engine.resolve import Machine, Resolved, kv_choice, resolve, whole_blocks
+from millstream.engine.knee import Bench, first_knee, keep_knee, known_knee, measured_on
+from millstream.engine.resolve import Machine, Resolved, kv_choice, resolve, whole_blocks, with_knee
 from millstream.memory.ledger import Ledger
-from millstream.models.home import write_atomically
 from millstream.models.spec import ModelSpec
 from millstream.sched.scheduler import Scheduler
 from millstream.text.tokenizer import Tokenizer
@@ -91,7 +89,8 @@ def assemble(
     spec = opened.spec
     compose = importlib.import_module(COMPOSE)
     lap("import torch")
-    resolved = resolve_for(opened, given)
+    knee = known_knee(opened.source, given.model.weights)
+    resolved = resolve_for(opened, given, knee)
     config = resolved.config
     built = compose.build_runner(
         opened.source,
@@ -111,8 +110,8 @@ def assemble(
     )
     phases.update({f"load: {name}": seconds for name, seconds in built.phases.items()})
     start = time.perf_counter()
-    if tune and given.sched.step_tokens == given.sched.meters == "auto":
-        resolved = _tuned(opened, given, resolved, built.runner, notice)
+    if tune and knee[0] is None and given.sched.step_tokens == given.sched.meters == "auto":
+        resolved = _tuned(opened, resolved, built.runner, notice)
         lap("step size")
     aside.join()
     if isinstance(tokenizer[0], BaseException):
@@ -123,40 +122,33 @@ def assemble(
     return Assembled(engine, tokenizer[0], spec, resolved, built, opened.source, phases)
 
 
-def resolve_for(opened: Any, config: EngineConfig) -> Resolved:
-    """A config without "auto" for a model that is open, on this machine. Raises ConfigError."""
+def resolve_for(opened: Any, config: EngineConfig, knee: tuple[int | None, str] | None = None) -> Resolved:
+    """A config without "auto" for a model that is open, on this machine. Raises ConfigError.
+
+    `knee` is what is known of its step size, where the caller has looked already.
+    """
     compose = importlib.import_module(COMPOSE)
     kv, dtype = registry.make("kv", kv_choice(config)[0]), config.model.dtype
-    knee = known_knee(opened.source, config.model.weights)
-    machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *knee)
+    found = known_knee(opened.source, config.model.weights) if knee is None else knee
+    machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *found)
     return resolve(config, opened.spec, machine, lambda group, size: int(kv.page_bytes(group, size, dtype)))
 
 
-def _tuned(opened: Any, config: EngineConfig, resolved: Resolved, runner: Any, notice: Any) -> Resolved:
-    """`resolved` with the measured step size: known from an earlier start, or measured now and kept for the next.
-
-    A start never fails for want of it.
-    """
-    if known_knee(opened.source, config.model.weights)[0] is not None:
-        return resolved
+def _tuned(opened: Any, resolved: Resolved, runner: Any, notice: Any) -> Resolved:
+    """`resolved` with a step size measured now, and kept for the next start. No start fails for want of it."""
     if notice is not None:
         notice("measuring how many tokens a step should have; that is done once a model and takes a few seconds")
-    counters = replace(runner.counters)
+    config, counters = resolved.config, replace(runner.counters)
     try:
         knee = first_knee(Bench(runner, opened.spec, resolved.max_context, config.decode.name))
-        content = json.dumps({**knee.as_json(), "model": opened.spec.name}).encode()
-        write_atomically(knee_file(opened.source, config.model.weights), content)
+        keep_knee(opened.source, config.model.weights, knee, model=opened.spec.name)
     except (RequestFault, BadRequest, OSError) as error:
         if notice is not None:
             notice(f"the step size stays at its default: {error}")
         return resolved
     finally:
         runner.counters = counters
-    # The pages exist by now, so only what steps are made of is taken over.
-    again = resolve_for(opened, config)
-    named = {decision.name: decision for decision in again.decisions}
-    decisions = tuple(named[old.name] if old.name.startswith("sched.") else old for old in resolved.decisions)
-    return replace(resolved, meters=again.meters, decisions=decisions)
+    return with_knee(resolved, knee.step_tokens, measured_on(knee.date))
 
 
 def build_engine(

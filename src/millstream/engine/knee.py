@@ -25,6 +25,7 @@ from millstream.config.load import home
 from millstream.core.errors import BadRequest, RequestFault
 from millstream.core.plan import Extend, Holding, SampleAsk, StepPlan
 from millstream.core.request import SamplingParams
+from millstream.models.home import write_atomically
 from millstream.models.spec import ModelSpec
 
 SHARE = 0.95
@@ -82,13 +83,24 @@ def knee_file(source: Any, weights: str) -> Path:
     return Path(home() / "profiles" / f"knee-{source.checksum()[:16]}-{weights}.json")
 
 
+def measured_on(date: str) -> str:
+    return f"measured on {date}"
+
+
 def known_knee(source: Any, weights: str) -> tuple[int | None, str]:
     """The step size that was measured for these weights, kept so, on this machine, and when."""
     try:
         found = json.loads(knee_file(source, weights).read_text())
-        return int(found["step_tokens"]), f"measured on {found['date']}"
+        return int(found["step_tokens"]), measured_on(found["date"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, ""
+
+
+def keep_knee(source: Any, weights: str, knee: Knee, **more: Any) -> Path:
+    """Keeps a knee, and what else is worth knowing of it, for the starts to come. Returns where. Raises OSError."""
+    path = knee_file(source, weights)
+    write_atomically(path, json.dumps({**knee.as_json(), **more}).encode())
+    return path
 
 
 @dataclass(slots=True)

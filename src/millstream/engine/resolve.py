@@ -129,7 +129,7 @@ def resolve(
     if step_tokens == "auto":
         step_tokens = machine.knee or DEFAULT_STEP_TOKENS
         reason = (
-            f"the knee of tokens against time, {machine.knee_source}"
+            _at_the_knee(machine.knee_source)
             if machine.knee
             else "a default, until the model's first start measures the knee here (or millstream bench knee MODEL)"
         )
@@ -160,7 +160,7 @@ def resolve(
             Choice("seats", {"max_rows": max_rows}),
             Choice("kv-blocks"),
         )
-        decide("sched.meters", ", ".join(map(str, meters)), "steps of equal size, blocks on demand")
+        notes.append(_metered(meters))
     return Resolved(
         config,
         max_context,
@@ -173,6 +173,24 @@ def resolve(
         tuple(notes),
         SHARED_PREFIX[shared_prefix],
     )
+
+
+def with_knee(resolved: Resolved, step_tokens: int, source: str) -> Resolved:
+    """The same with steps of a size measured since, where step size and meters were "auto". Nothing else is decided
+    anew: by then the pages exist."""
+    composition, *others = resolved.meters
+    meters = (Choice(composition.name, {**composition.options, "budget": step_tokens}), *others)
+    step = Decision("sched.step_tokens", str(step_tokens), _at_the_knee(source))
+    anew = {decision.name: decision for decision in (step, _metered(meters))}
+    return replace(resolved, meters=meters, decisions=tuple(anew.get(old.name, old) for old in resolved.decisions))
+
+
+def _at_the_knee(source: str) -> str:
+    return f"the knee of tokens against time, {source}"
+
+
+def _metered(meters: tuple[Choice, ...]) -> Decision:
+    return Decision("sched.meters", ", ".join(map(str, meters)), "steps of equal size, blocks on demand")
 
 
 def _blocks(

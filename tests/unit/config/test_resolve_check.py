@@ -9,7 +9,7 @@ from millstream.config.schema import EngineConfig
 from millstream.core.cache import ALL_LEVELS
 from millstream.core.errors import ConfigError, UnknownName
 from millstream.engine.check import check
-from millstream.engine.resolve import Machine, resolve
+from millstream.engine.resolve import Machine, resolve, with_knee
 from millstream.models.families.protocol import find_family
 
 SHAPE = {
@@ -67,6 +67,14 @@ def test_a_measured_knee_sets_the_step():
     assert found.meters[0].options == {"budget": 96}
     assert any(
         decision.name == "sched.step_tokens" and "measured today" in decision.reason for decision in found.decisions
+    )
+
+
+def test_a_knee_measured_after_the_pages_were_made_changes_the_steps_and_nothing_else():
+    given = {"sched": {"max_rows": 7}}
+    later = with_knee(settle(given), 96, "measured today")
+    assert later == settle(
+        given, machine=Machine(MACHINE.device, MACHINE.cores, MACHINE.memory_bytes, 96, "measured today")
     )
 
 
