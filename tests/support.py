@@ -26,9 +26,10 @@ from millstream.core.request import Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish, State
 from millstream.engine.assemble import build_engine
 from millstream.engine.resolve import Resolved
-from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import Decoder, build
 from millstream.models.families.protocol import find_family
+from millstream.models.quantize.recipe import Recipe
+from millstream.models.quantize.run import quantize
 from millstream.models.spec import ModelSpec
 from millstream.ops import table
 from millstream.ops.attention.protocol import AttentionAsk, choose
@@ -86,7 +87,7 @@ def tiny_tensors(name: str) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
 def tiny_decoder(name: str, ops: str, weights: str = "dense") -> Decoder:
     spec, tensors = tiny_tensors(name)
     if weights == "blocks":
-        spec, tensors = to_blocks(spec, tensors, "block4")
+        spec, tensors = quantize(spec, tensors, Recipe.plain("block4"))
     with table.use("ref" if ops == "ref" else "auto"):
         return build(spec, tensors)
 

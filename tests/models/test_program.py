@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 
-from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import Decoder, build
 from millstream.models.dequant import coded, dequantize
 from millstream.models.gguf import BLOCKS
@@ -137,7 +136,7 @@ def test_what_the_program_does_not_know_is_said_and_called_layer_by_layer():
 def reason(name: str) -> str:
     from support import tiny_tensors
 
-    made = build(*to_blocks(*tiny_tensors(name))).program
+    made = build(*quantize(*tiny_tensors(name), Recipe.plain("block8"))).program
     assert isinstance(made, table.Refusal)
     return made.reason
 

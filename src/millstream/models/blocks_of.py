@@ -14,13 +14,13 @@ import torch
 
 from millstream.core import registry
 from millstream.models.dequant import coded
+from millstream.models.packed import ALWAYS_DENSE as ALWAYS_DENSE
 from millstream.models.source import ModelSource
 from millstream.models.spec import LinearSpec, ModelSpec, TensorSpec, with_formats
 from millstream.ops.ref.blocks import RUN, pack_stream
 
 BITS = {"block4": 5.0, "block8": 9.0}
 _AS_STORED = {"Q4_0", "Q4_1", "Q4_K"}
-ALWAYS_DENSE = ("router", "shared_gate")
 
 
 def blocks_spec(spec: ModelSpec, source: ModelSource, spelled: Mapping[str, str]) -> ModelSpec:
@@ -57,31 +57,6 @@ def blocks_tensors(
             yield f"{stem}.shape", torch.tensor(wanted.shape)
         else:
             yield wanted.name, torch.cat([source.tensor(spelled[name], torch.float32) for name, _ in wanted.parts])
-
-
-def to_blocks(
-    spec: ModelSpec, tensors: Mapping[str, torch.Tensor], form: str = "block8", head: str = "block8"
-) -> tuple[ModelSpec, dict[str, torch.Tensor]]:
-    """A built model's dense tensors in blocks: its matrices as `form`, embedding and head as `head`."""
-
-    def choose(name: str, linear: LinearSpec) -> LinearSpec:
-        if name.rpartition(".")[2] in ALWAYS_DENSE:
-            return linear
-        found = head if name == "head" else form
-        return replace(linear, format=found, bits=BITS[found])
-
-    made = replace(with_formats(spec, choose), embed_format=head)
-    packed = {name: linear.format for name, linear in made.linears() if linear.format != "dense"} | {"embed": head}
-    ready: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        stem, _, part = name.rpartition(".")
-        if part == "weight" and stem in packed:
-            weight_format: Any = registry.make("weights", packed[stem], device=True)
-            ready[f"{stem}.stream"] = weight_format.pack(tensor)["stream"]
-            ready[f"{stem}.shape"] = torch.tensor(tensor.shape)
-        else:
-            ready[name] = tensor
-    return made, ready
 
 
 def _joined(wanted: TensorSpec) -> list[tuple[str, ...]]:

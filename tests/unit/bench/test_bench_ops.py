@@ -8,9 +8,10 @@ import torch
 import tiny_model
 from millstream.bench.ops import Shapes, Work, measure_ops, rows_of, sample
 from millstream.core.errors import BadRequest
-from millstream.models.blocks_of import to_blocks
 from millstream.models.decoder import Decoder, build
 from millstream.models.program import Program
+from millstream.models.quantize.recipe import Recipe
+from millstream.models.quantize.run import quantize
 from millstream.ops import table
 from millstream.ops.cpu import program
 from millstream.ops.cpu.ceilings import KINDS, Ceilings, measure_ceilings
@@ -36,7 +37,7 @@ def decoder() -> Decoder:
     spec = find_family(config).spec(config)
     source = torch.Generator().manual_seed(0)
     tensors = {one.name: torch.randn(one.shape, generator=source) * 0.2 for one in spec.tensors()}
-    made = build(*to_blocks(spec, tensors, "block4"))
+    made = build(*quantize(spec, tensors, Recipe.plain("block4")))
     assert isinstance(made.program, Program), made.program
     return made
 
