@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import subprocess
 import sys
 import textwrap
@@ -53,6 +54,18 @@ def test_another_source_or_flag_is_another_kernel(source, tmp_path):
     assert build.build(source, tmp_path, extra=("-DX",)) != first
     source.write_text(SOURCE.replace("42", "43"))
     assert build.build(source, tmp_path) != first
+
+
+def test_a_kernel_that_this_very_cpu_cannot_have_says_that_it_is_slow(source, tmp_path):
+    if platform.machine() != "x86_64":
+        pytest.skip("not an x86 machine")
+    source.write_text(f"#if defined(__SSE4_2__)\n#error not for this one\n#endif\n{SOURCE}")
+    with pytest.warns(build.KernelWarning, match="answer.cpp is built for any CPU .* not for this one"):
+        built = build.build(source, tmp_path / "kernels")
+    assert ctypes.CDLL(str(built)).answer() == 42
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build.build(source, tmp_path / "kernels") == built
 
 
 def test_builders_at_the_same_moment_do_not_disturb_each_other(source, tmp_path):
@@ -130,10 +143,8 @@ def test_kernels_run_on_the_openmp_runtime_that_torch_mapped():
 @pytest.mark.long
 @pytest.mark.parametrize("machine", ["x86-64-v3", "x86-64"])
 def test_products_of_bytes_are_right_on_older_machines(machine, tmp_path, monkeypatch):
-    import platform
-
     from millstream.ops import cases
-    from millstream.ops.cpu import blocks, program
+    from millstream.ops.cpu import blocks, channel, program
 
     if platform.machine() != "x86_64":
         pytest.skip("not an x86 machine")
@@ -141,7 +152,8 @@ def test_products_of_bytes_are_right_on_older_machines(machine, tmp_path, monkey
     library = ctypes.CDLL(str(build.build(build.SOURCES / "program.cpp", tmp_path)))
     monkeypatch.setitem(build._libraries, (build.settings(), "program"), library)
     assert program.refusal() is None
-    found = cases.tables()["linear_blocks"]
-    for case in found.cases:
-        got = blocks.linear_blocks_cpu(*case.args())
-        torch.testing.assert_close(got.double(), found.exact(*case.args())[0], atol=case.atol, rtol=0)
+    for product in (blocks.linear_blocks_cpu, channel.linear_channel_cpu):
+        found = cases.tables()[product.__name__.removesuffix("_cpu")]
+        for case in found.cases:
+            got = product(*case.args())
+            torch.testing.assert_close(got.double(), found.exact(*case.args())[0], atol=case.atol, rtol=case.rtol)
