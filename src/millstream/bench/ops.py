@@ -54,8 +54,7 @@ SAMPLE_S = 0.005
 CEILING_REPEATS = 3
 # Slower calls than this are asked fewer times: references of whole matrices.
 SLOW_S = 0.1
-BITS = {"block4": 4, "block8": 8}
-CHANNEL_BITS = {"w4a8": 4, "w8a8": 8}
+BLOCKS = ("block4", "block8")
 # How each kind of pages is attended to natively, and in which numbers.
 PAGES = {"int8": ("cpu-int8", "int8"), "int4": ("cpu-int4", "int8"), "plain": ("cpu-paged", "float32")}
 # Layers whose matrices are packed anew into a format that the model is not kept in.
@@ -264,7 +263,7 @@ def _products(decoder: Decoder, shapes: Shapes, source: torch.Generator, in_bloc
         # Most layers are alike; those of another shape or format would be another row.
         alike = [one for one in layers if (one.format, one.shape) == (layers[0].format, layers[0].shape)]
         outputs, inputs = layers[0].shape
-        if in_blocks and layers[0].format not in BITS:
+        if in_blocks and layers[0].format not in BLOCKS:
             continue
         size = alike[0].nbytes if in_blocks else 4 * outputs * inputs
         alike = alike[: max(1, COPIES_BYTES // size)]
@@ -272,10 +271,9 @@ def _products(decoder: Decoder, shapes: Shapes, source: torch.Generator, in_bloc
         for tokens in shapes.rows if name == "head" else shapes.tokens:
             x = torch.randn(tokens, inputs, generator=source)
             if in_blocks:
-                bits = BITS[layers[0].format]
-                calls = [(x, one["stream"], outputs, bits, one.parts.get("bias")) for one in weights]
+                calls = [(*_arguments(x, one), one.parts.get("bias")) for one in weights]
                 op: Op[..., Any] = linear_blocks
-                how = f"{bits} bits"
+                how = f"{calls[0][3]} bits"
             else:
                 calls = [(x, one) for one in weights]
                 op, how = linear, "float32"
@@ -293,31 +291,31 @@ def _products(decoder: Decoder, shapes: Shapes, source: torch.Generator, in_bloc
 
 def _packed(decoder: Decoder, shapes: Shapes, source: torch.Generator, forms: Sequence[str]) -> Iterator[Work]:
     """Products of formats that are packed out of floats, by the matrices of some layers, rounded to nearest."""
-    name = next(one for one in ("mlp.gate_up", "attn.qkv") if one in _matrices(decoder))
-    floats = [weight_format(one.format).unpack(one).float() for one in _matrices(decoder)[name][:PACKED_LAYERS]]
+    held = _matrices(decoder)
+    name = next(one for one in ("mlp.gate_up", "attn.qkv") if one in held)
+    floats = [weight_format(one.format).unpack(one).float() for one in held[name][:PACKED_LAYERS]]
     outputs, inputs = floats[0].shape
     for form in forms:
         packs = [weight_format(form).pack(one) for one in floats]
         for tokens in shapes.tokens:
             x = torch.randn(tokens, inputs, generator=source)
-            calls = [_arguments(x, one) for one in packs]
-            op: Op[..., Any] = linear_channel if form in CHANNEL_BITS else linear_fpx
-            arms, refused = _arms(op, calls)
+            op: Op[..., Any] = linear_channel if "stream" in packs[0].parts else linear_fpx
+            arms, refused = _arms(op, [_arguments(x, one) for one in packs])
             yield Work(
                 op.name,
                 f"{name} {outputs} x {inputs}, {form}, {_words(tokens, 'token')}",
                 arms,
                 packs[0].nbytes + 4 * tokens * (inputs + outputs),
                 2 * tokens * inputs * outputs,
-                "int8" if form in CHANNEL_BITS else "",
+                "int8" if op is linear_channel else "",
                 refused,
             )
 
 
 def _arguments(x: torch.Tensor, packed: Packed) -> tuple[Any, ...]:
-    if packed.format in CHANNEL_BITS:
-        return (x, packed["stream"], packed.shape[0], CHANNEL_BITS[packed.format])
     form: Any = weight_format(packed.format)
+    if "stream" in packed.parts:
+        return (x, packed["stream"], packed.shape[0], form.bits)
     return (x, packed["low"], packed["high"], packed["scale"], form.exponent, form.mantissa)
 
 

@@ -97,15 +97,7 @@ struct Int4 : Shared<Int4> {
     return {bytes, bytes + TOKENS_MAX * width, scale, scale + TOKENS_MAX};
   }
 
-  // Memory that is needed next, asked for a little at a time; attention8.h says why.
-  struct Ahead {
-    const char *at = nullptr;
-    int64_t lines = 0;
-
-    void some(int n) {
-      for (; n > 0 && lines > 0; n--, lines--, at += 64) __builtin_prefetch(at, 0, 2);
-    }
-  };
+  using Ahead = Int8::Ahead;
 
   // A group of LANES keys that follow each other in one block: where their codes, scales and zeros are.
   struct Keys {
