@@ -1,0 +1,1 @@
+"""The HTTP server: shapes of other vendors end here, and a Request begins."""
