@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+from millstream.core.events import Event
 from millstream.core.plan import TokenLogprobs
-from millstream.core.request import Request
+from millstream.core.registry import Choice
+from millstream.core.request import Limits, Request
 from millstream.core.sequence import Finish
 
 
@@ -64,8 +66,48 @@ class Load:
     counters: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What there is to know of a served model without loading it again.
+
+    `path` is the file or folder that it was read from; its tokenizer is there too. `family` is its architecture,
+    `quantization` how most of its weights are stored in the file, `weights` and `dtype` how they are kept. `decode` is
+    the method of a request that names none. `generation_config` holds the model's own sampling defaults. `config` is
+    the engine's config tree with nothing left to "auto", `decisions` (name, value, reason) say how it came about.
+    `phases` are seconds of the start, by what was done. `seed` is the config's, for requests that have none.
+    """
+
+    model: str
+    path: str
+    family: str
+    num_parameters: int
+    quantization: str
+    weights: str
+    dtype: str
+    limits: Limits
+    block_size: int
+    total_blocks: int
+    decode: Choice = Choice("autoregressive")
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    decisions: tuple[tuple[str, str, str], ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    seed: int | None = None
+    version: str = ""
+
+
 class EngineClient(Protocol):
     """One engine, or many behind a router. Every method may be called from any task of one event loop."""
+
+    def new_id(self) -> int:
+        """An id that no request of this client has had."""
+        ...
+
+    async def facts(self) -> ModelFacts:
+        """Waits until the model is loaded. Raises EngineClosed when it will not be."""
+        ...
 
     def submit(self, request: Request) -> AsyncIterator[Chunk]:
         """Streams the chunks of all outputs of a request. Raises BadRequest or EngineClosed before the first one.
@@ -78,7 +120,21 @@ class EngineClient(Protocol):
         """Ends a request now; its outputs finish with ABORT. Unknown and finished ids are ignored."""
         ...
 
-    async def ready(self) -> bool: ...
+    def events(self, *kinds: type[Event]) -> AsyncIterator[Event]:
+        """What happens from now on, in order; of the given kinds only, where some are given.
+
+        What a Computed or Emitted costs is paid a row and step, so ask for what is read. Views of sequences are as
+        they were at the event. Whoever reads too slowly loses the oldest ones (`EventFeed.lost` counts them).
+        """
+        ...
+
+    async def call(self, name: str, **given: Any) -> Any:
+        """One of the small calls of `engine/calls.py`, between two steps. Raises UnknownName, and what it raises."""
+        ...
+
+    async def ready(self) -> bool:
+        """Whether a request sent now would be served: the model is loaded, steps are made, and nothing drains."""
+        ...
 
     async def drain(self) -> None:
         """Takes no more requests and returns when those inside have finished."""

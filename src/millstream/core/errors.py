@@ -10,6 +10,7 @@
     |  `- Unsupported      the file is sound, but asks for something this build does not know
     |- DownloadError       a download could not be finished or does not have the expected content
     |- EngineClosed        the engine no longer takes requests
+    |  `- EngineAway       it is being started again; ask once more in a few seconds
     `- RequestFault        a request failed inside the engine; the others went on
 
 A message says what was asked, what exists and what is nearest.
@@ -84,6 +85,10 @@ class DownloadError(MillstreamError):
 
 class EngineClosed(MillstreamError):
     """The engine no longer takes requests."""
+
+
+class EngineAway(EngineClosed):
+    """There is no engine now, and there will be one soon: ask again."""
 
 
 class RequestFault(MillstreamError):

@@ -87,6 +87,8 @@ def names(point: str) -> list[str]:
     return sorted(found | set(_entry_points(point)))
 
 
+_found: set[str] = set()
+
 # Mechanism files that live beside plug-ins.
 NOT_PLUGINS = frozenset({"protocol", "harness", "ledger", "papers", "plot", "docs", "data", "machine", "commands"})
 
@@ -97,9 +99,13 @@ def module(point: str, name: str) -> ModuleType:
     if entry is not None:
         return importlib.import_module(entry.module)
     path = f"{_package(point)}.{name.replace('-', '_')}"
+    # Listing a folder takes longer than all else that a request needs of its plug-ins: what was found once is there.
+    if path in _found and path in sys.modules:
+        return sys.modules[path]
     # The dot check keeps `name` from reaching outside of its folder.
     if "." in name or not name or name not in names(point):
         raise UnknownName(point, name, names(point))
+    _found.add(path)
     return importlib.import_module(path)
 
 
@@ -154,7 +160,7 @@ def _half(point: str, name: str, half: str) -> Any:
     if hasattr(found, "PLUGIN"):
         return found.PLUGIN
     path = f"{found.__name__}.{half}"
-    if importlib.util.find_spec(path) is None:
+    if path not in sys.modules and importlib.util.find_spec(path) is None:
         raise ConfigError(f"{point} {name!r} has no {half} half")
     return importlib.import_module(path).PLUGIN
 

@@ -16,6 +16,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
+MAX_SECONDS = 1e9
 
 
 def _integer(param: str, got: object, low: int, high: int) -> None:
@@ -147,11 +148,20 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What the client expects, in seconds: first token, pace after it, and the whole."""
+    """What the client expects, in seconds: first token, pace after it, and the whole.
+
+    `ttft_s` and `tpot_s` are wishes that policies read. `deadline_s` after its arrival a request ends, whatever became
+    of it until then. Raises BadRequest for what is not a positive number.
+    """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     deadline_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s", "deadline_s"):
+            if (seconds := getattr(self, name)) is not None:
+                _number(name, seconds, 0.0, MAX_SECONDS, above=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +189,20 @@ class Hints:
 
 
 @dataclass(frozen=True, slots=True)
+class Prior:
+    """What an output had come to when the engine that made it was lost: the next engine takes it up from there.
+
+    `tokens` count as output of this request everywhere: for max_tokens and min_tokens, penalties, stop strings and
+    grammars. They are not sent again. An output that had `ended` is not made again.
+    """
+
+    index: int
+    tokens: tuple[int, ...] = ()
+    cumulative_logprob: float = 0.0
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What one engine can take: used by `Request.check`."""
 
@@ -191,7 +215,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One ask. `id` is ours; `label` is the client's and is never used as a key."""
+    """One ask. `id` is ours; `label` is the client's and is never used as a key.
+
+    `prior` says what of it was answered already, by an engine that is gone; it needs a seed (of what it had sampled).
+    """
 
     id: int
     prompt: tuple[Segment, ...]
@@ -207,6 +234,7 @@ class Request:
     hints: Hints = Hints()
     decode: Choice | None = None
     label: str = ""
+    prior: tuple[Prior, ...] = ()
 
     @property
     def num_prompt(self) -> int:
@@ -240,6 +268,8 @@ class Request:
                 asked,
                 f"at most {limits.max_context - count} (context {limits.max_context}, prompt {count} tokens)",
             )
+        if self.prior:
+            self._check_prior(limits)
         for token in self.prompt_ids:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
                 raise BadRequest("prompt", token, f"token ids from 0 to {limits.vocab_size - 1}")
@@ -254,6 +284,28 @@ class Request:
             raise BadRequest(
                 "adapter", self.adapter, ", ".join(sorted(limits.adapters)) or "none: no adapter is loaded"
             )
+
+    def _check_prior(self, limits: Limits) -> None:
+        params = self.params
+        if self.kind is not Kind.GENERATE:
+            raise BadRequest("prior", self.kind.value, "outputs of a request that generates")
+        if params.seed is None and not params.greedy:
+            raise BadRequest("seed", None, "the seed that the prior output was sampled with")
+        if params.prompt_logprobs is not None:
+            raise BadRequest("prompt_logprobs", params.prompt_logprobs, "none: they came with the prior output")
+        indexes = [prior.index for prior in self.prior]
+        if len(set(indexes)) != len(indexes):
+            raise BadRequest("prior", indexes, "each output once")
+        most = limits.max_context - self.num_prompt
+        most = most if params.max_tokens is None else min(most, params.max_tokens)
+        for prior in self.prior:
+            if not prior.ended and len(prior.tokens) >= most:
+                raise BadRequest("prior", f"{len(prior.tokens)} tokens", f"fewer than {most}, or an ended output")
+            for token in prior.tokens:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
+                    raise BadRequest("prior", token, f"token ids from 0 to {limits.vocab_size - 1}")
+        if len(self.prior) and all(prior.ended for prior in self.prior) and len(self.prior) >= params.n:
+            raise BadRequest("prior", "outputs that all ended", "at least one to go on with")
 
     def _check_types(self) -> None:
         # A wrong type found later would be found by the scheduler, in the midst of everybody's step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from millstream.core.plan import Holding, TokenLogprobs
@@ -21,10 +21,11 @@ class State(enum.Enum):
 
 
 class Finish(enum.Enum):
-    """Why a sequence ended."""
+    """Why a sequence ended. TIMEOUT: its request's deadline passed; what it had said until then stands."""
 
     STOP = "stop"
     LENGTH = "length"
+    TIMEOUT = "timeout"
     ABORT = "abort"
     ERROR = "error"
 
@@ -48,6 +49,8 @@ class Sequence:
     `computed` have their KV in the cache; `in_flight` are being computed. `gates` names what it waits for.
     `max_len` is the most tokens it can come to, output included (for a prompt that is only scored: one more than it).
     `epoch` counts how often its holdings were given up: a result of an earlier epoch says nothing about the cache.
+    `cold`: it is computed again from its first token, past every cache, because what it gave was not finite; the rows
+    of the next `void` plans to come back were launched before that, and say nothing at all.
     """
 
     id: int
@@ -78,6 +81,8 @@ class Sequence:
     scored: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    cold: bool = False
+    void: int = 0
     view: SeqView = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,13 +115,55 @@ class Sequence:
         return self.state is State.FINISHED
 
 
+@dataclass(slots=True)
+class Snapshot:
+    """What a view can see of a sequence, as it was at one moment."""
+
+    id: int
+    request: Request
+    index: int
+    num_prompt: int
+    num_output: int
+    max_len: int
+    known: int
+    computed: int
+    next_start: int
+    left: int
+    cached: int
+    preemptions: int
+    state: State
+    gates: tuple[str, ...]
+    stamps: Stamps
+
+
 class SeqView:
     """What policies and meters may see of a sequence: no token ids, and a true length only from an oracle."""
 
     __slots__ = ("_seq",)
 
-    def __init__(self, seq: Sequence) -> None:
+    def __init__(self, seq: Sequence | Snapshot) -> None:
         self._seq = seq
+
+    def snapshot(self) -> Snapshot:
+        """The same as it is now; `SeqView(snapshot)` shows it when the sequence has gone on."""
+        seq = self._seq
+        return Snapshot(
+            seq.id,
+            seq.request,
+            seq.index,
+            seq.num_prompt,
+            seq.num_output,
+            seq.max_len,
+            seq.known,
+            seq.computed,
+            seq.next_start,
+            seq.left,
+            seq.cached,
+            seq.preemptions,
+            seq.state,
+            tuple(seq.gates),
+            replace(seq.stamps),
+        )
 
     @property
     def id(self) -> int:

@@ -41,7 +41,12 @@ class Hands(Protocol):
 
 
 class DecodeMethod(Protocol):
-    """Host half: how many tokens a sequence wants computed, what is asked of the last one, what the answer means."""
+    """Host half: how many tokens a sequence wants computed, what is asked of the last one, what the answer means.
+
+    `resumes`: an output can be taken up from its tokens alone, without its siblings and whatever else was known.
+    """
+
+    resumes: bool
 
     def num_sequences(self, request: Request) -> int:
         """Sequences that one request fans out into; they share its prompt."""

@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+from millstream import __version__
+from millstream.config.load import tree_of
 from millstream.config.schema import EngineConfig
 from millstream.core import registry
+from millstream.core.client import ModelFacts
 from millstream.core.clock import Clock, WallClock
 from millstream.core.errors import BadRequest, RequestFault
 from millstream.core.events import Event
@@ -44,6 +47,32 @@ class Assembled:
     built: Any
     source: Any
     phases: dict[str, float] = field(default_factory=dict)
+
+
+def facts_of(made: Assembled, model: str) -> ModelFacts:
+    """What there is to tell of an engine's model. `model` is the name that it was asked for by."""
+    config = replace(made.resolved.config, sched=replace(made.resolved.config.sched, meters=made.resolved.meters))
+    return ModelFacts(
+        model=model,
+        path=str(made.source.path),
+        family=made.spec.family,
+        num_parameters=made.spec.num_parameters,
+        quantization=made.source.quantization,
+        weights=config.model.weights,
+        dtype=config.model.dtype,
+        limits=made.engine.limits,
+        block_size=made.resolved.block_size,
+        total_blocks=made.engine.scheduler.ledger.total(),
+        decode=made.engine.decode,
+        generation_config=made.source.generation_config,
+        config=tree_of(config),
+        decisions=tuple((one.name, one.value, one.reason) for one in made.resolved.decisions),
+        phases=made.phases,
+        weight_bytes=made.built.weight_bytes,
+        kv_bytes=made.built.kv_bytes,
+        seed=config.seed,
+        version=__version__,
+    )
 
 
 def assemble(

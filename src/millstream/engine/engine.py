@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import logging
 import random
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -15,18 +17,22 @@ from typing import cast
 from millstream.core import registry
 from millstream.core.client import Chunk, Load, RequestMetrics, Usage
 from millstream.core.clock import Clock
-from millstream.core.errors import BadRequest, MillstreamError
-from millstream.core.events import Computed, Emitted, Event, Finished, Stepped, Submitted
+from millstream.core.errors import BadRequest, EngineClosed, MillstreamError
+from millstream.core.events import Computed, Emitted, Event, Finished, Preempted, Stepped, Submitted
 from millstream.core.plan import Extend, Settled, StepPlan, StepResult, TokenLogprobs
 from millstream.core.registry import Choice
-from millstream.core.request import MAX_SEED, Kind, Limits, Request
+from millstream.core.request import MAX_SEED, Kind, Limits, Prior, Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish, Sequence, Stamps, State
-from millstream.decode.protocol import DecodeMethod, Observer
+from millstream.decode.protocol import NOT_FINITE, DecodeMethod, Observer
 from millstream.memory.blocks import BlockFault
 from millstream.runner.protocol import Runner, Ticket
 from millstream.sched.scheduler import Scheduler
 
 SIBLINGS = "siblings"
+# The engine's own request has an id that no client's has.
+SELF_TEST = -1
+
+_log = logging.getLogger(__name__)
 
 Sink = Callable[[Chunk], None]
 
@@ -41,6 +47,10 @@ class _Group:
     num_outputs: int
     observers: dict[int, list[Observer]] = field(default_factory=dict)
     unfinished: int = 0
+
+
+_NOTHING = Prior(0)
+_PLAIN = Choice("autoregressive")
 
 
 @dataclass(slots=True)
@@ -81,6 +91,12 @@ class Engine:
         self._groups: dict[int, _Group] = {}
         self._flights: deque[_Flight] = deque()
         self._plans = runner.capacity().plans
+        self._deadlines: list[tuple[float, int, int]] = []  # when, a serial, request id; entries may be stale
+        self._deadline_of: dict[int, int] = {}  # request id -> the serial that counts
+        self._serials = itertools.count()
+        self._doubt = False  # rows came out not finite, even computed anew, and none has come out well since
+        self._broken: str | None = None
+        self.counters: Counter[str] = Counter(cold_retries=0, corrupted_requests=0, self_tests=0, timeouts=0)
         self.num_steps = 0
         self.max_running = 0
         scheduler.observe = self._tell
@@ -112,38 +128,65 @@ class Engine:
             max_len = len(prompt) + 1
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
         seed = params.seed if params.seed is not None else self._random.randrange(MAX_SEED)
-        group = _Group(request, sink, [], method.num_outputs(request), unfinished=count)
+        priors = self._priors(request, method, count)
+        group = _Group(request, sink, [], method.num_outputs(request))
         for index in range(count):
+            prior = priors.get(index, _NOTHING)
+            if prior.ended:
+                continue
             seq = Sequence(
                 id=next(self._ids),
                 request=request,
                 index=index,
-                tokens=list(prompt),
+                tokens=[*prompt, *prior.tokens],
                 num_prompt=len(prompt),
                 max_len=max_len,
                 seed=seed,
                 stop_ids=stop_ids,
                 decode=choice,
                 method=method,
-                stamps=Stamps(request.arrival or now),
+                stamps=Stamps(min(request.arrival or now, now)),
+                cumulative_logprob=prior.cumulative_logprob,
             )
-            if index > 0:
+            if group.seqs:
                 # They share the prompt that the first one computes.
                 seq.gates.add(SIBLINGS)
             group.seqs.append(seq)
-            group.observers[index] = self._make_observers(request)
+            group.observers[index] = self._watchers(request, prior)
+        group.unfinished = len(group.seqs)
         self._groups[request.id] = group
+        if request.slo.deadline_s is not None:
+            self._set_deadline(request.id, group.seqs[0].stamps.arrival + request.slo.deadline_s)
         for seq in group.seqs:
             self.scheduler.add(seq)
             self._tell(Submitted(now, seq.view))
 
     def abort(self, request_id: int) -> None:
         """Ends a request now. Unknown and finished ids are ignored."""
+        self._end(request_id, Finish.ABORT)
+
+    def _end(self, request_id: int, reason: Finish) -> None:
         group = self._groups.get(request_id)
         if group is not None:
             for seq in list(group.seqs):
                 if not seq.finished:
-                    self._finish(seq, Finish.ABORT, None)
+                    self._finish(seq, reason, None)
+
+    @staticmethod
+    def _priors(request: Request, method: DecodeMethod, count: int) -> dict[int, Prior]:
+        priors = {prior.index: prior for prior in request.prior}
+        if priors and not method.resumes:
+            raise BadRequest("prior", f"{len(priors)} outputs", "none: this decode method cannot take an output up")
+        if any(not 0 <= index < count for index in priors):
+            raise BadRequest("prior", sorted(priors), f"outputs from 0 to {count - 1}")
+        return priors
+
+    def _watchers(self, request: Request, prior: Prior) -> list[Observer]:
+        watchers = self._make_observers(request)
+        for watcher in watchers:
+            if prior.tokens and watcher.see(prior.tokens) is not None:
+                raise BadRequest("prior", f"output {prior.index}", "outputs that nothing ends before they go on")
+        return watchers
 
     @property
     def busy(self) -> bool:
@@ -151,14 +194,17 @@ class Engine:
 
     def load(self) -> Load:
         ledger = self.scheduler.ledger
-        return Load(
-            self.scheduler.num_waiting, self.scheduler.num_running, ledger.free(), ledger.total(), dict(ledger.stats())
-        )
+        counters = {**ledger.stats(), **self.counters, "steps": self.num_steps}
+        return Load(self.scheduler.num_waiting, self.scheduler.num_running, ledger.free(), ledger.total(), counters)
 
     # -- the loop
 
     def step(self) -> bool:
-        """Launches what can be launched and settles the oldest plan in flight; False when there was nothing to do."""
+        """Launches what can be launched and settles the oldest plan in flight; False when there was nothing to do.
+
+        Raises what the runner raises, and EngineClosed when the engine finds that it computes nothing any more.
+        """
+        self._expire(self.clock.now())
         while len(self._flights) < self._plans:
             plan = self.scheduler.plan(self.clock.now())
             if plan is not None:
@@ -177,6 +223,10 @@ class Engine:
             return False
         flight = self._flights.popleft()
         self._settle(flight, self.runner.collect(flight.ticket))
+        if self._doubt:
+            self._test_self()
+        if self._broken is not None:
+            raise EngineClosed(self._broken)
         return True
 
     def fail(self, error: BaseException) -> None:
@@ -193,6 +243,8 @@ class Engine:
 
     def _settle(self, flight: _Flight, result: StepResult) -> None:
         now = self.clock.now()
+        # What came too late is not told: a request ends at its deadline, not at the end of the step that it falls in.
+        self._expire(now)
         self.num_steps += 1
         prompt_tokens = 0
         for extend, settled, epoch in zip(flight.plan.extends, result.settled, flight.epochs, strict=True):
@@ -225,11 +277,19 @@ class Engine:
     def _settle_row(self, seq: Sequence, extend: Extend, settled: Settled, current: bool, now: float) -> None:
         count = len(extend.tokens)
         seq.plans_in_flight -= 1
+        if seq.void:
+            seq.void -= 1
+            return
         if extend.sample is not None:
             seq.pending -= 1
         if settled.fault is not None:
-            self._fault(seq, settled.fault)
+            if NOT_FINITE in settled.fault:
+                self._not_finite(seq, settled.fault, now)
+            else:
+                self._fault(seq, settled.fault)
             return
+        if settled.tokens:
+            self._doubt = False
         if current:
             seq.in_flight -= count
             seq.computed += settled.kept
@@ -242,7 +302,7 @@ class Engine:
             self.scheduler.ledger.settle(seq, now)
         group = self._groups[seq.request.id]
         accepted = seq.method.accept(seq, settled, self)
-        if seq.index == 0 and len(group.seqs) > 1:
+        if seq is group.seqs[0] and len(group.seqs) > 1:
             self._share_prompt(group, seq)
         if not seq.finished:
             self._add(seq, group, accepted.tokens, accepted.logprobs, now)
@@ -339,6 +399,60 @@ class Engine:
         if not seq.finished:
             self._finish(seq, reason, stop_reason, replaced=None if output is None else tuple(output))
 
+    # -- rows that are not finite
+
+    def _not_finite(self, seq: Sequence, fault: str, now: float) -> None:
+        """What it was computed from may be damaged: the cache gives that to nobody any more, and it is computed anew,
+        once, from its first token. Where that gives no better, it ends."""
+        self.scheduler.ledger.distrust(seq)
+        if seq.cold:
+            self.counters["corrupted_requests"] += 1
+            self._doubt = seq.request.id != SELF_TEST
+            self._fault(seq, f"{fault}; computed again from its first token, they were not either")
+            return
+        self.counters["cold_retries"] += 1
+        seq.preemptions += 1
+        seq.cold = True
+        seq.void, seq.pending = seq.plans_in_flight, 0
+        self.scheduler.forget(seq, now, remember=False)
+        self._tell(Preempted(now, seq.view, "recompute"))
+
+    def _test_self(self) -> None:
+        """Whether the model still computes anything is asked of a prompt of our own, past all caches."""
+        self._doubt = False
+        if SELF_TEST in self._groups:
+            return
+        self.counters["self_tests"] += 1
+        _log.warning("rows were not finite, computed anew neither: testing whether the model still computes")
+        count = min(8, self.limits.vocab_size, self.limits.max_context - 1, self.limits.kv_tokens)
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        prompt = (Tokens(tuple(range(count))),)
+        self.submit(Request(SELF_TEST, prompt, params, cache_salt="\0self-test", decode=_PLAIN), self._tested)
+        self._groups[SELF_TEST].seqs[0].cold = True
+
+    def _tested(self, chunk: Chunk) -> None:
+        if chunk.finish is Finish.ERROR:
+            self._broken = f"the self-test fails: {chunk.error}. Weights or memory are damaged; only a new start helps"
+        elif chunk.finish is not None:
+            _log.warning("the self-test is passed: it was the requests")
+
+    # -- deadlines
+
+    def _set_deadline(self, request_id: int, when: float) -> None:
+        serial = self._deadline_of[request_id] = next(self._serials)
+        heapq.heappush(self._deadlines, (when, serial, request_id))
+        # Most requests end long before their deadline and leave their entry behind.
+        if len(self._deadlines) > 2 * len(self._deadline_of) + 64:
+            self._deadlines = [entry for entry in self._deadlines if self._deadline_of.get(entry[2]) == entry[1]]
+            heapq.heapify(self._deadlines)
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, serial, request_id = heapq.heappop(self._deadlines)
+            if self._deadline_of.get(request_id) == serial:
+                self.counters["timeouts"] += 1
+                self._end(request_id, Finish.TIMEOUT)
+
     # -- endings
 
     def _fault(self, seq: Sequence, error: str) -> None:
@@ -357,8 +471,8 @@ class Engine:
     ) -> None:
         now = self.clock.now()
         group = self._groups[seq.request.id]
-        if seq.index == 0 and len(group.seqs) > 1:
-            if reason not in (Finish.ERROR, Finish.ABORT):
+        if seq is group.seqs[0] and len(group.seqs) > 1:
+            if reason in (Finish.STOP, Finish.LENGTH):
                 self._share_prompt(group, seq)
             for sibling in group.seqs[1:]:
                 sibling.gates.discard(SIBLINGS)
@@ -366,12 +480,13 @@ class Engine:
             seq.tokens = [*seq.tokens[: seq.num_prompt], *replaced]
             seq.computed = min(seq.computed, seq.num_prompt)
         # After a fault nobody knows what its blocks hold.
-        self.scheduler.remove(seq, now, remember=reason is not Finish.ERROR)
+        self.scheduler.remove(seq, now, remember=reason is not Finish.ERROR and not seq.cold)
         seq.finish, seq.stop_reason = reason, stop_reason
         seq.stamps.finished = now
         group.unfinished -= 1
         if group.unfinished == 0:
             del self._groups[seq.request.id]
+            self._deadline_of.pop(seq.request.id, None)
         self._tell(Finished(now, seq.view, reason))
         stamps = seq.stamps
         metrics = RequestMetrics(
@@ -403,7 +518,7 @@ class Engine:
 
     @staticmethod
     def _usage(seq: Sequence) -> Usage:
-        return Usage(seq.num_prompt, seq.num_output, seq.cached)
+        return Usage(seq.num_prompt, seq.num_output, min(seq.cached, seq.num_prompt))
 
     def _tell(self, event: Event) -> None:
         self.scheduler.policy.observe(event)

@@ -22,7 +22,7 @@ from millstream.core.errors import BadRequest, RequestFault
 from millstream.core.events import Event
 from millstream.core.registry import Choice
 from millstream.core.request import Kind, Request, SamplingParams, Tokens
-from millstream.engine.assemble import Assembled, assemble
+from millstream.engine.assemble import Assembled, assemble, facts_of
 from millstream.engine.outputs import OutputBuilder, RequestOutput, ScoreOutput
 from millstream.engine.thread import AsyncEngine, EngineThread
 from millstream.text.chat import ChatTemplate, encode_chat, template_of
@@ -322,7 +322,7 @@ class AsyncLLM(_Front):
 
     def __init__(self, model: str, config: Any = None, **options: Any) -> None:
         super().__init__(model, config, **options)
-        self.client = AsyncEngine(self.thread)
+        self.client = AsyncEngine(self.thread, facts_of(self.assembled, model))
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **given: Any

@@ -28,7 +28,7 @@ PositionLogprobs = Mapping[int, TokenLogprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated text. `finish_reason` is stop, length, abort or error; None while it goes on."""
+    """One generated text. `finish_reason` is stop, length, timeout, abort or error; None while it goes on."""
 
     index: int
     text: str = ""

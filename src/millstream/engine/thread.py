@@ -7,27 +7,49 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
-from millstream.core.client import Chunk, Load
+from millstream.core.client import Chunk, Load, ModelFacts
 from millstream.core.errors import EngineClosed
+from millstream.core.events import Event
 from millstream.core.request import Request
 from millstream.core.sequence import Finish
+from millstream.engine import calls
 from millstream.engine.engine import Engine, Sink
+from millstream.engine.feed import EventFeed, Tap, still
 
 _log = logging.getLogger("millstream.engine")
 
 # A step that finds work and cannot launch any of it waits this long for a gate to open.
 _GATED_WAIT_S = 0.05
+# Counting everything takes tens of microseconds, and nobody needs it anew more often.
+_LOAD_EVERY_S = 0.02
 
 
 class EngineThread:
-    """Runs `engine` until closed. `submit` and `abort` may be called from any thread; sinks run on the engine's."""
+    """Runs `engine` until closed. `submit`, `abort` and `post` may be called from any thread; sinks run on its own.
 
-    def __init__(self, engine: Engine, name: str = "millstream-engine") -> None:
+    `on_turn` are called on its own thread at the end of every turn (what was asked since the last one, and a step);
+    `on_error` when the engine has failed, before anybody is told. `load` is how the engine stood after a recent turn,
+    `turns` counts them, and `busy` says whether there is work inside: all may be read from any thread.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        name: str = "millstream-engine",
+        on_error: Callable[[BaseException], None] | None = None,
+    ) -> None:
         self.engine = engine
         self.error: BaseException | None = None
+        self.on_turn: list[Callable[[], None]] = []
+        self.turns = 0
+        self.load = engine.load()
+        self._load_at = 0.0
+        self._on_error = on_error
         self._inbox: deque[Callable[[], None]] = deque()
         self._work: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -52,10 +74,14 @@ class EngineThread:
                 for index in range(outputs):
                     sink(Chunk(request.id, index, finish=Finish.ERROR, error=str(error)))
 
-        self._post(take)
+        self.post(take)
 
     def abort(self, request_id: int) -> None:
-        self._post(lambda: self.engine.abort(request_id))
+        self.post(lambda: self.engine.abort(request_id))
+
+    @property
+    def busy(self) -> bool:
+        return not self._idle.is_set()
 
     def call(self, work: Callable[[Engine], object]) -> object:
         """Runs `work` between two steps and returns what it gives."""
@@ -70,7 +96,7 @@ class EngineThread:
                 error.append(caught)
             done.set()
 
-        self._post(take)
+        self.post(take)
         done.wait()
         if error:
             raise error[0]
@@ -88,7 +114,8 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
-    def _post(self, work: Callable[[], None]) -> None:
+    def post(self, work: Callable[[], None]) -> None:
+        """Has `work` run between two steps. It must not raise. Raises EngineClosed."""
         with self._wake:
             if self._closing or self.error is not None:
                 raise EngineClosed("the engine is closed" if self.error is None else f"the engine failed: {self.error}")
@@ -108,7 +135,9 @@ class EngineThread:
                         break
                     self._work, self._inbox = self._inbox, deque()
                 self._do()
-                if engine.busy and not engine.step():
+                waits = engine.busy and not engine.step()
+                self._turned()
+                if waits:
                     with self._wake:
                         if not self._inbox and not self._closing:
                             self._wake.wait(_GATED_WAIT_S)
@@ -116,7 +145,18 @@ class EngineThread:
             _log.exception("the engine thread failed")
             with self._wake:
                 self.error = error
+            if self._on_error is not None:
+                self._on_error(error)
         self._end()
+
+    def _turned(self) -> None:
+        self.turns += 1
+        now = time.monotonic()
+        if now - self._load_at >= _LOAD_EVERY_S or not self.engine.busy:
+            self._load_at = now
+            self.load = self.engine.load()
+        for tell in self.on_turn:
+            tell()
 
     def _do(self) -> None:
         while self._work:
@@ -136,11 +176,20 @@ class EngineThread:
 
 
 class AsyncEngine:
-    """An EngineClient over an EngineThread, for one event loop."""
+    """An EngineClient over an EngineThread, for one event loop. `facts` are those that `facts()` tells."""
 
-    def __init__(self, thread: EngineThread) -> None:
+    def __init__(self, thread: EngineThread, facts: ModelFacts | None = None) -> None:
         self.thread = thread
+        self._facts = facts
         self._draining = False
+
+    def new_id(self) -> int:
+        return self.thread.new_id()
+
+    async def facts(self) -> ModelFacts:
+        if self._facts is None:
+            raise EngineClosed("this engine was made without a model's files, so there are no facts to tell")
+        return self._facts
 
     async def submit(self, request: Request) -> AsyncIterator[Chunk]:
         if self._draining:
@@ -170,6 +219,44 @@ class AsyncEngine:
         with contextlib.suppress(EngineClosed):
             self.thread.abort(request_id)
 
+    async def events(self, *kinds: type[Event]) -> AsyncIterator[Event]:
+        feed, loop = EventFeed(), asyncio.get_running_loop()
+
+        def pass_on(events: list[Event]) -> None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(feed.put, events)
+
+        tap = Tap(kinds, still, pass_on)
+        thread = self.thread
+        thread.post(lambda: tap.open(thread.engine.listeners, thread.on_turn))
+        try:
+            async for event in feed:
+                yield event
+        finally:
+            with contextlib.suppress(EngineClosed):
+                thread.post(lambda: tap.close(thread.engine.listeners, thread.on_turn))
+
+    async def call(self, name: str, **given: Any) -> Any:
+        work = calls.find(name)
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        loop = done.get_loop()
+
+        def settle(value: Any, error: Exception | None) -> None:
+            if not done.done():
+                done.set_result(value) if error is None else done.set_exception(error)
+
+        def take() -> None:
+            value, error = None, None
+            try:
+                value = work(self.thread.engine, **given)
+            except Exception as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, value, error)
+
+        self.thread.post(take)
+        return await done
+
     async def ready(self) -> bool:
         return self.thread.error is None and not self._draining
 
@@ -178,7 +265,7 @@ class AsyncEngine:
         await asyncio.to_thread(self.thread.drain)
 
     async def load(self) -> Load:
-        return self.thread.engine.load()
+        return self.thread.load
 
     async def adapters(self) -> Sequence[str]:
         return sorted(self.thread.engine.limits.adapters)

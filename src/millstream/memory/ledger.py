@@ -145,6 +145,7 @@ class Ledger:
             "evicted_blocks",
             "copied_blocks",
             "deduplicated_blocks",
+            "distrusted_blocks",
             "swapped_out_blocks",
             "swapped_in_blocks",
         )
@@ -287,14 +288,15 @@ class Ledger:
     def settle(self, seq: Sequence, now: float) -> None:
         """After `seq.computed` advanced: remembers its new full blocks, gives up those behind the windows.
 
-        Where the index knows the same tokens already, the sequence changes over to the index's blocks. One token more
+        Where the index knows the same tokens already, the sequence changes over to the index's blocks. Of one that is
+        computed anew because it was not finite (`cold`) nothing is remembered. One token more
         than the next query needs is kept, so that the last computed token can be computed anew (a fork does that).
         """
         held = self._held.get(seq.id)
         if held is None or held.swapped:
             return
         full = min(seq.computed, len(seq.tokens)) // self.block_size
-        if full > held.tried and not held.contiguous:
+        if full > held.tried and not held.contiguous and not seq.cold:
             held.tried = full
             tables = {name: holding.blocks for name, holding in seq.holdings.items()}
             done = self.index.insert(self._cache_key(seq), seq.tokens, full * self.block_size, tables, now, held.place)
@@ -311,6 +313,10 @@ class Ledger:
             blocks = (NO_BLOCK,) * keep_from + holding.blocks[keep_from:]
             seq.holdings[name] = Holding(name, blocks, holding.length)
             held.dropped[name] = keep_from
+
+    def distrust(self, seq: Sequence) -> None:
+        """What the index holds under its key is given to nobody any more: it may be what damaged this sequence."""
+        self._stats["distrusted_blocks"] += self.index.forget(self._cache_key(seq))
 
     def fork(self, parent: Sequence, child: Sequence, length: int) -> None:
         """The child, which holds nothing, shares the first `length` tokens (at most `parent.computed`) of the parent.

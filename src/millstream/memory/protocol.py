@@ -77,6 +77,13 @@ class PrefixIndex(Protocol):
         """How many blocks of `group` could become free by `evict` now."""
         ...
 
+    def forget(self, key: Hashable) -> int:
+        """Forgets all that it knows under `key`, held or not, because something of it is damaged.
+
+        Sequences keep what they hold. Returns how many blocks were forgotten.
+        """
+        ...
+
     def clear(self) -> None:
         """Forgets everything that no sequence holds."""
         ...

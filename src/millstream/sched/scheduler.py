@@ -203,6 +203,7 @@ class Scheduler:
         else:
             # Positions whose prompt logprobs are still wanted have to be computed, whatever the cache holds.
             limit = seq.scored if seq.request.params.prompt_logprobs is not None else None
+            limit = 0 if seq.cold else limit
             seq.computed = self.ledger.attach(seq, now, limit)
             if seq.stamps.admitted is None:
                 seq.cached = seq.computed
@@ -221,8 +222,9 @@ class Scheduler:
             return True
         return False
 
-    def _forget(self, seq: Sequence, now: float) -> None:
-        self.ledger.release(seq, now, remember=True)
+    def forget(self, seq: Sequence, now: float, remember: bool = True) -> None:
+        """Gives up what it has computed, to compute it again; the prefix index keeps what it can unless told not to."""
+        self.ledger.release(seq, now, remember and not seq.cold)
         seq.state = State.WAITING
         seq.computed = seq.in_flight = 0
         seq.epoch += 1
@@ -241,7 +243,7 @@ class Scheduler:
         seq.preemptions += 1
         how = "swap" if self._swap(seq, now) else "recompute"
         if how == "recompute":
-            self._forget(seq, now)
+            self.forget(seq, now)
         self.observe(Preempted(now, seq.view, how))
 
     def _take(self, seq: Sequence, n: int, now: float) -> Extend:

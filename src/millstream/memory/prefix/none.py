@@ -47,6 +47,9 @@ class NoPrefix:
     def evictable(self, group: str) -> int:
         return 0
 
+    def forget(self, key: Hashable) -> int:
+        return 0
+
     def clear(self) -> None:
         pass
 

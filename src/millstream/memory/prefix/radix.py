@@ -250,6 +250,17 @@ class Radix:
                     self._remove(node)
         return pool.num_free - before
 
+    def forget(self, key: Hashable) -> int:
+        root = self._roots.get(key)
+        if root is None:
+            return 0
+        before = sum(len(owned) for owned in self._owners)
+        # From below: a node goes when those that follow it are gone.
+        for node in reversed(list(self._below(root))):
+            if not node.dead:
+                self._remove(node)
+        return before - sum(len(owned) for owned in self._owners)
+
     def clear(self) -> None:
         for group, pool in zip(self._groups, self._pools, strict=True):
             self.evict(group.name, pool.num_blocks, self._now)

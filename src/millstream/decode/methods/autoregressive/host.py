@@ -9,6 +9,8 @@ from millstream.decode.protocol import Accepted, Hands
 
 
 class Autoregressive:
+    resumes = True
+
     def num_sequences(self, request: Request) -> int:
         return request.params.n if request.kind is Kind.GENERATE else 1
 

@@ -28,6 +28,8 @@ class _Search:
 
 
 class Beam:
+    resumes = False
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self._searches: dict[int, _Search] = {}
