@@ -39,7 +39,7 @@ def data_dir() -> Path | None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """A TOML or YAML file as a tree. Raises BadFile with the place of the error."""
+    """A TOML, YAML or JSON file as a tree. Raises BadFile with the place of the error."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -50,6 +50,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
             import yaml
 
             tree = yaml.safe_load(text) or {}
+        elif path.suffix == ".json":
+            tree = json.loads(text)
         else:
             tree = tomllib.loads(text)
     except Exception as error:

@@ -63,18 +63,21 @@ class EngineThread:
     def new_id(self) -> int:
         return next(self._ids)
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Raises BadRequest at once; what fails later reaches the sink as a chunk with an error for each output."""
-        outputs = self.engine.num_outputs(request)
+    def submit(self, request: Request, sink: Sink) -> int:
+        """Gives how many outputs will end. Raises BadRequest at once; what fails later reaches the sink as a chunk with
+        an error for each of them."""
+        ended = {prior.index for prior in request.prior if prior.ended}
+        outputs = [index for index in range(self.engine.num_outputs(request)) if index not in ended]
 
         def take() -> None:
             try:
                 self.engine.submit(request, sink)
             except Exception as error:
-                for index in range(outputs):
+                for index in outputs:
                     sink(Chunk(request.id, index, finish=Finish.ERROR, error=str(error)))
 
         self.post(take)
+        return len(outputs)
 
     def abort(self, request_id: int) -> None:
         self.post(lambda: self.engine.abort(request_id))
@@ -196,7 +199,6 @@ class AsyncEngine:
             raise EngineClosed("the engine is draining")
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Chunk] = asyncio.Queue()
-        outputs = self.thread.engine.num_outputs(request)
         finished = 0
 
         def sink(chunk: Chunk) -> None:
@@ -204,7 +206,7 @@ class AsyncEngine:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(queue.put_nowait, chunk)
 
-        self.thread.submit(request, sink)
+        outputs = self.thread.submit(request, sink)
         try:
             while finished < outputs:
                 chunk = await queue.get()
