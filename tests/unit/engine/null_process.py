@@ -1,7 +1,7 @@
 """An engine process over the null runner: `python null_process.py --socket PATH --config FILE`, ready at once.
 
 The config file holds its options: `step_s` (seconds that a step really takes), `blocks`, `context`, `budget`, `plans`,
-`die_at` (exits with code 9 in that step), `break_at` (the runner raises in that step), `hang_at` (that step never ends),
+`die_at` (exits with code 9 in that step), `break_at` (the runner raises in that step), `hang_at` (it never ends),
 `fail_start` ("usage", "model" or "crash": how the start fails), `seed`.
 """
 
