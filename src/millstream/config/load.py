@@ -29,6 +29,12 @@ def home() -> Path:
     return Path(given).expanduser().absolute() if given else Path.home() / ".cache" / "millstream"
 
 
+def runtime_dir() -> Path | None:
+    """Where sockets of this user's processes go: $XDG_RUNTIME_DIR when it can be written to, else None."""
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(given) if given and os.access(given, os.W_OK) else None
+
+
 def data_dir() -> Path | None:
     """Evaluation data: $MILLSTREAM_DATA when it is a folder, else the cache's own, else None."""
     given = os.environ.get("MILLSTREAM_DATA")

@@ -73,7 +73,7 @@ class ModelFacts:
     `path` is the file or folder that it was read from; its tokenizer is there too. `family` is its architecture,
     `quantization` how most of its weights are stored in the file, `weights` and `dtype` how they are kept. `decode` is
     the method of a request that names none. `generation_config` holds the model's own sampling defaults. `config` is
-    the engine's config tree with nothing left to "auto", `decisions` (name, value, reason) say how it came about.
+    the engine's config tree, and `decisions` (name, value, reason) what became of each "auto" in it.
     `phases` are seconds of the start, by what was done. `seed` is the config's, for requests that have none.
     """
 

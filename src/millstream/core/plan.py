@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +143,7 @@ class TokenLogprobs:
     """The chosen token's logprob, and the likeliest alternatives, best first."""
 
     chosen: Logprob
-    top: Sequence[Logprob] = ()
+    top: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

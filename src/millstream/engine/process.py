@@ -136,8 +136,9 @@ class EngineServer:
         """Tells every client how the engine gets on."""
         thread, now = self.thread, self.clock.now()
         self._beat_at = now
+        clients = tuple((one.pid, now - one.heard_at) for one in self._clients.values() if one.greeted)
         if thread is None:
-            told = wire.Beat("loading", 0, 0, False, 0.0, _NO_LOAD)
+            told = wire.Beat("loading", 0, 0, False, 0.0, _NO_LOAD, clients)
         else:
             if thread.turns != self._turns or not thread.busy:
                 self._turns, self._turned_at = thread.turns, now
@@ -147,7 +148,7 @@ class EngineServer:
             load = Load(
                 load.waiting, load.running, load.free_blocks, load.total_blocks, {**load.counters, **self.counters}
             )
-            told = wire.Beat(phase, thread.turns, thread.engine.num_steps, thread.busy, idle_s, load)
+            told = wire.Beat(phase, thread.turns, thread.engine.num_steps, thread.busy, idle_s, load, clients)
         for client in list(self._clients.values()):
             if client.greeted:
                 client.say(told)
@@ -181,6 +182,7 @@ class EngineServer:
 
     def hear(self, client: _Client, message: wire.ToEngine) -> None:
         """Does what a client says. Raises WireError for what it cannot have meant."""
+        client.heard_at = self.clock.now()
         if not client.greeted:
             self._greet(client, message)
         elif isinstance(message, wire.Submit):
@@ -193,13 +195,13 @@ class EngineServer:
             self._watch(client, message)
         elif isinstance(message, wire.Ask):
             self._ask(client, message)
-        else:
+        elif isinstance(message, wire.Hello):
             raise wire.WireError("a second greeting")
 
     def _greet(self, client: _Client, message: wire.ToEngine) -> None:
         if not isinstance(message, wire.Hello):
             raise wire.WireError(f"a {type(message).__name__} before any greeting")
-        client.greeted = True
+        client.greeted, client.pid = True, message.pid
         client.say(wire.Hello(wire.VERSION, os.getpid()))
         if message.version != wire.VERSION:
             raise wire.WireError(f"the client speaks version {message.version}, this is {wire.VERSION}")
@@ -335,6 +337,8 @@ class _Client(asyncio.Protocol):
     def __init__(self, server: EngineServer) -> None:
         self.server = server
         self.number = 0
+        self.pid = 0
+        self.heard_at = 0.0
         self.greeted = False
         self.gone = False
         self.inside: dict[int, int] = {}

@@ -464,6 +464,7 @@ class RemoteEngine:
                     stream.take(chunk, now)
         elif isinstance(message, wire.Beat):
             self._beat, self._beat_at = message, now
+            link.say(wire.Alive())
         elif isinstance(message, wire.Happened):
             self._happened(message)
         elif isinstance(message, wire.Refused):

@@ -4,7 +4,8 @@ A frame is its length (4 bytes, big-endian) and one message. Both sides say `Hel
 client's choosing, below 2**40; chunks come back with the same. All news of one step travel in one frame.
 
     client                            engine
-    Hello, Submit, Abort, Watch, Ask  Hello, Ready, News, Refused, Happened, Answer, Beat
+    Hello, Submit, Abort, Watch,      Hello, Ready, News, Refused, Happened, Answer, Beat
+    Ask, Alive
 
 Nothing here does I/O but `listen` and `peer_is_us`: bytes in, messages out. Whatever is not a message raises WireError,
 and nothing else: a frame that lies about its length, bytes that are no MessagePack, a message of another type.
@@ -114,6 +115,10 @@ class Ask(msgspec.Struct, array_like=True, tag="ask", frozen=True):
     given: dict[str, Any]
 
 
+class Alive(msgspec.Struct, array_like=True, tag="alive", frozen=True):
+    """A client's answer to a Beat: its event loop turns."""
+
+
 class Ready(msgspec.Struct, array_like=True, tag="ready", frozen=True):
     """The model is loaded: requests are taken."""
 
@@ -154,6 +159,7 @@ class Beat(msgspec.Struct, array_like=True, tag="beat", frozen=True):
 
     `phase` is loading, ready or draining. `turns` counts the turns of its loop, `steps` the steps that came back;
     `busy`: there is work inside. `idle_s` is how long no turn has ended, which says something only of a busy one.
+    `clients` are the process ids of those that are connected, and for how many seconds each has said nothing.
     """
 
     phase: str
@@ -162,6 +168,7 @@ class Beat(msgspec.Struct, array_like=True, tag="beat", frozen=True):
     busy: bool
     idle_s: float
     load: Load
+    clients: tuple[tuple[int, float], ...] = ()
 
 
 class Seen(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -197,7 +204,7 @@ class Happened(msgspec.Struct, array_like=True, tag="happened", frozen=True):
     events: tuple[WireEvent, ...]
 
 
-ToEngine = Hello | Submit | Abort | Watch | Ask
+ToEngine = Hello | Submit | Abort | Watch | Ask | Alive
 ToClient = Hello | Ready | News | Refused | Answer | Beat | Happened
 
 _encoder = msgspec.msgpack.Encoder()

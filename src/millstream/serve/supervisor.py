@@ -1,0 +1,393 @@
+"""The parent of a server: starts the engine process and the API process, and starts them again.
+
+    supervisor --- engine    python -m millstream.engine.process   weights, steps; at a Unix socket
+               `-- API       python -m millstream.serve.api        HTTP, tokenizer; a client of that socket
+
+It computes nothing itself, so that little can go wrong in it. A process that ended is started again after a pause that
+grows; one that ends again and again, or for a reason that a new start cannot help, ends the server with an exit code
+that says which (`engine/exits.py`). A process that lives and does nothing is killed: the engine when it has work and
+finishes no step, or gives no sign of life; the API when its event loop no longer turns.
+
+SIGTERM or SIGINT: the API stops taking requests and finishes those inside, then the engine is stopped; a second signal
+cuts them off. SIGHUP: the configuration is read again, and passed on to the API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from millstream.config.load import build, read_file, runtime_dir
+from millstream.core.errors import ConfigError, MillstreamError
+from millstream.engine import wire
+from millstream.engine.exits import HOPELESS, Exit, told
+
+CHECK_S = 0.25
+# What a process may take to end after it was told to, when nothing is left to finish.
+END_S = 5.0
+# What the API may take beyond its own time to drain: it counts from when it heard of it.
+GRACE_S = 2.0
+
+_log = logging.getLogger("millstream.supervisor")
+
+Command = Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorConfig:
+    """Seconds, but for `give_up`: how many times in a row a process may fail.
+
+    `drain_s`: what requests inside may take to finish once the server is told to stop. `startup_s`: from an engine's
+    start until its model is loaded (a download included). `stall_s`: how long an engine with running requests may
+    finish no step. `silence_s`: how long a process may give no sign of life. The pause before a new start doubles from
+    `backoff_s` to `backoff_max_s`; after `stable_s` without a failure it begins anew.
+    """
+
+    drain_s: float = 30.0
+    startup_s: float = 1800.0
+    stall_s: float = 60.0
+    silence_s: float = 20.0
+    backoff_s: float = 0.2
+    backoff_max_s: float = 10.0
+    stable_s: float = 60.0
+    give_up: int = 5
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"supervisor.{name}: got {getattr(self, name)}, allowed are numbers from 0")
+
+
+class Health:
+    """Whether an engine gets on, told from its beats. It is told the time, and measures by one clock only."""
+
+    def __init__(self, config: SupervisorConfig, now: float) -> None:
+        self._config = config
+        self._started = self._heard = self._turned = self._stepped = now
+        self._turns = self._steps = -1
+        self.loaded = False
+
+    def beat(self, now: float, beat: wire.Beat) -> None:
+        self._heard = now
+        self.loaded = self.loaded or beat.phase != "loading"
+        if beat.turns != self._turns or not beat.busy:
+            self._turns, self._turned = beat.turns, now
+        if beat.steps != self._steps or beat.load.running == 0:
+            self._steps, self._stepped = beat.steps, now
+
+    def wrong(self, now: float) -> str | None:
+        """Why it must be ended; None while it gets on."""
+        config = self._config
+        if not self.loaded:
+            # Torch is imported and weights are converted now: signs of life may stay away.
+            return None if now - self._started <= config.startup_s else f"not loaded within {config.startup_s:g} s"
+        if now - self._heard > config.silence_s:
+            return f"no sign of life for {config.silence_s:g} s"
+        if now - self._turned > config.stall_s or now - self._stepped > config.stall_s:
+            return f"work inside, and no step finished for {config.stall_s:g} s"
+        return None
+
+
+class Backoff:
+    """How long to wait before a process is started again."""
+
+    def __init__(self, config: SupervisorConfig) -> None:
+        self._config = config
+        self.failures = 0
+
+    def failed(self, ran_s: float) -> float | None:
+        """It failed after `ran_s` seconds: the pause before the next start, None when there is to be none."""
+        config = self._config
+        self.failures = 1 if ran_s >= config.stable_s else self.failures + 1
+        if self.failures > config.give_up:
+            return None
+        return min(config.backoff_max_s, config.backoff_s * 2.0 ** (self.failures - 1))
+
+
+class Supervisor:
+    """Runs the two commands until told to stop, or until it must give up.
+
+    `reload` is called at SIGHUP, before the API hears of it; where it raises OSError or an error of ours, nothing is.
+    `engine` and `api` must serve, and use, the engine at `socket`.
+    """
+
+    def __init__(
+        self,
+        engine: Command,
+        api: Command,
+        socket: Path,
+        config: SupervisorConfig | None = None,
+        reload: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config or SupervisorConfig()
+        self.socket = socket
+        self._commands = {"engine": tuple(engine), "API": tuple(api)}
+        self._reload = reload
+        self._children: dict[str, asyncio.subprocess.Process] = {}
+        self._health: Health | None = None
+        self._was_loaded = False
+        self._had_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+        self._api_silent: tuple[int, float] | None = None  # its process id, and since when nothing was heard of it
+        self._signals: asyncio.Queue[int] = asyncio.Queue()
+        self._stopping = False
+
+    async def run(self) -> int:
+        """Returns the exit code of the server."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        keepers = {
+            "engine": asyncio.create_task(self._keep("engine", Exit.ENGINE)),
+            "API": asyncio.create_task(self._keep("API", Exit.API)),
+        }
+        watch = asyncio.create_task(self._watch())
+        try:
+            return await self._until_told(keepers)
+        finally:
+            watch.cancel()
+            for keeper in keepers.values():
+                keeper.cancel()
+            await self._end("API", signal.SIGTERM, END_S)
+            await self._end("engine", signal.SIGTERM, END_S)
+
+    async def _until_told(self, keepers: Mapping[str, asyncio.Task[int]]) -> int:
+        while True:
+            heard = asyncio.ensure_future(self._signals.get())
+            done, _ = await asyncio.wait({heard, *keepers.values()}, return_when=asyncio.FIRST_COMPLETED)
+            for keeper in keepers.values():
+                if keeper in done:
+                    heard.cancel()
+                    return keeper.result()
+            if heard.result() == signal.SIGHUP and not (self._had_terminal and _terminal_is_gone()):
+                self._pass_on()
+                continue
+            return await self._stop(keepers)
+
+    async def _stop(self, keepers: Mapping[str, asyncio.Task[int]]) -> int:
+        """Lets the API finish what is inside. The engine is kept alive meanwhile."""
+        self._stopping = True
+        _log.info("told to stop: requests inside have %g s to finish", self.config.drain_s)
+        self._send("API", signal.SIGTERM)
+        end = time.monotonic() + self.config.drain_s + GRACE_S
+        forced = False
+        while not keepers["API"].done():
+            if keepers["engine"].done():
+                _log.error("there is no engine to finish requests with")
+                break
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                _log.warning("requests are cut off: the time to finish them is over")
+                break
+            heard = asyncio.ensure_future(self._signals.get())
+            done, _ = await asyncio.wait(
+                {heard, *keepers.values()}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if heard not in done:
+                heard.cancel()
+            elif heard.result() != signal.SIGHUP and not forced:
+                forced = True
+                _log.warning("told a second time to stop: requests are cut off")
+                self._send("API", signal.SIGTERM)
+                end = min(end, time.monotonic() + GRACE_S)
+        # One that SIGTERM itself has ended had not begun to serve.
+        well = (Exit.DONE, -signal.SIGTERM)
+        return Exit.DONE if keepers["API"].done() and keepers["API"].result() in well else Exit.CUT
+
+    def _pass_on(self) -> None:
+        try:
+            self._reload()
+        except (MillstreamError, OSError) as error:
+            _log.error("the configuration stays as it was: %s", error)
+            return
+        self._send("API", signal.SIGHUP)
+
+    # -- processes
+
+    async def _keep(self, name: str, given_up: Exit) -> int:
+        """Keeps a process going; returns, with the exit code of the server, when it need not or cannot be kept."""
+        backoff = Backoff(self.config)
+        while not (self._stopping and name == "API"):
+            started = time.monotonic()
+            if name == "engine":
+                self._health = Health(self.config, started)
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    *self._commands[name],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # Ctrl-C in a terminal goes to all of its group; what it means is for this process to say.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                _log.error("the %s process cannot be started: %s", name, error)
+                return Exit.FAILED
+            self._children[name] = child
+            _log.info("the %s process is started: %d", name, child.pid)
+            code = await child.wait()
+            del self._children[name]
+            if self._stopping and name == "API":
+                return code
+            if name == "API" and code == Exit.DONE:
+                _log.info("the API process is done")
+                return Exit.DONE
+            was_well = self._was_loaded if name == "engine" else backoff.failures > 0
+            _log.error("the %s process ended: %s", name, told(code))
+            if code in HOPELESS and not was_well:
+                return code
+            pause_s = backoff.failed(time.monotonic() - started)
+            if pause_s is None:
+                _log.error("giving up: the %s process failed %d times in a row", name, backoff.failures)
+                return code if code in HOPELESS else given_up
+            await asyncio.sleep(pause_s)
+        return Exit.DONE
+
+    def _send(self, name: str, number: int) -> None:
+        child = self._children.get(name)
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
+
+    async def _end(self, name: str, number: int, wait_s: float) -> None:
+        """Ends a process, gently first."""
+        child = self._children.get(name)
+        if child is None or child.returncode is not None:
+            return
+        self._send(name, number)
+        try:
+            await asyncio.wait_for(child.wait(), wait_s)
+        except TimeoutError:
+            self._send(name, signal.SIGKILL)
+            await child.wait()
+
+    # -- the watchdog
+
+    async def _watch(self) -> None:
+        """Listens to the engine's beats, and kills what lives and does nothing."""
+        listening = asyncio.create_task(self._listen())
+        try:
+            while True:
+                await asyncio.sleep(CHECK_S)
+                now = time.monotonic()
+                why = self._health.wrong(now) if self._health is not None and "engine" in self._children else None
+                if why is not None:
+                    self._kill("engine", why)
+                api, silent = self._children.get("API"), self._api_silent
+                if api is not None and silent is not None and silent[0] == api.pid:
+                    quiet_s = now - silent[1]
+                    if quiet_s > self.config.silence_s:
+                        self._api_silent = None
+                        self._kill("API", f"no sign of life for {self.config.silence_s:g} s")
+        finally:
+            listening.cancel()
+
+    def _kill(self, name: str, why: str) -> None:
+        _log.error("the %s process is killed: %s", name, why)
+        # A stopped process hears no other signal.
+        self._send(name, signal.SIGKILL)
+        if name == "engine":
+            self._health = None
+
+    async def _listen(self) -> None:
+        while True:
+            engine = self._children.get("engine")
+            if engine is not None:
+                with contextlib.suppress(OSError, wire.WireError):
+                    await self._listen_to(engine.pid)
+            await asyncio.sleep(CHECK_S)
+
+    async def _listen_to(self, pid: int) -> None:
+        """Hears the engine's beats until the connection ends. Raises WireError where another process answers."""
+        reader, writer = await asyncio.open_unix_connection(self.socket)
+        frames = wire.Frames(wire.MAX_TO_CLIENT)
+        try:
+            writer.write(wire.frame(wire.Hello(wire.VERSION, os.getpid()), wire.MAX_TO_ENGINE))
+            while data := await reader.read(1 << 16):
+                for payload in frames.feed(data):
+                    message = wire.to_client(payload)
+                    if isinstance(message, wire.Hello) and message.pid != pid:
+                        raise wire.WireError(f"process {message.pid} answers, not {pid}")
+                    if isinstance(message, wire.Beat):
+                        self._beat(message)
+                        writer.write(wire.frame(wire.Alive(), wire.MAX_TO_ENGINE))
+        finally:
+            writer.close()
+
+    def _beat(self, beat: wire.Beat) -> None:
+        now = time.monotonic()
+        if self._health is not None:
+            self._health.beat(now, beat)
+            self._was_loaded = self._was_loaded or self._health.loaded
+        api = self._children.get("API")
+        self._api_silent = None
+        for pid, silent_s in beat.clients:
+            if api is not None and pid == api.pid:
+                self._api_silent = (pid, now - silent_s)
+
+
+def _terminal_is_gone() -> bool:
+    """Then a SIGHUP says so, and not that somebody wants a reload."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return True
+    return False
+
+
+def write_launch(path: Path, tree: Mapping[str, Any]) -> None:
+    """The file that both processes are started with; it may hold keys, so others cannot read it. Raises OSError."""
+    fresh = path.with_suffix(".new")
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as out:
+        json.dump(tree, out)
+    fresh.replace(path)
+
+
+def supervise(read: Callable[[], Mapping[str, Any]]) -> int:
+    """Runs a server as the tree that `read` gives says: `model`, and the tables `engine`, `serve` and `supervisor`.
+
+    It is read again at SIGHUP; what is in `serve` may change then. Returns an exit code. Raises ConfigError, BadFile.
+    """
+    tree = read()
+    config = build(SupervisorConfig, tree.get("supervisor", {}), "supervisor")
+    folder = Path(tempfile.mkdtemp(prefix="millstream-", dir=runtime_dir()))
+    try:
+        launch, socket = folder / "launch.json", folder / "engine.sock"
+        write_launch(launch, tree)
+        given = ("--socket", str(socket), "--config", str(launch), "--parent", str(os.getpid()))
+        supervisor = Supervisor(
+            (sys.executable, "-m", "millstream.engine.process", *given),
+            (sys.executable, "-m", "millstream.serve.api", *given),
+            socket,
+            config,
+            lambda: write_launch(launch, read()),
+        )
+        return int(asyncio.run(supervisor.run()))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("millstream.serve.supervisor", description="A server: engine and API process.")
+    parser.add_argument("--config", type=Path, required=True, help="TOML, YAML or JSON: model, and its tables")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        return supervise(lambda: read_file(args.config))
+    except MillstreamError as error:
+        _log.error("%s", error)
+        return Exit.USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
