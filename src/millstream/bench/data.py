@@ -8,9 +8,11 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import os
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,27 @@ def _every_second_row(data: bytes) -> bytes:
     return (header + "".join(rows[::2])).encode()
 
 
+def _lines_where(wanted: Callable[[str], bool]) -> Callable[[bytes], bytes]:
+    return lambda data: "".join(filter(wanted, data.decode().splitlines(keepends=True))).encode()
+
+
+def _first_rows(count: int) -> Callable[[bytes], bytes]:
+    return lambda data: "".join(data.decode().splitlines(keepends=True)[:count]).encode()
+
+
+# The traces are parts of longer ones; each begins where its source begins.
+_azure_part = _lines_where(lambda line: not line[:1].isdigit() or line.split(" ")[1] < "18:55:00")
+_mooncake_part = _lines_where(lambda line: json.loads(line)["timestamp"] < 2_400_000)
+_burst_part = _lines_where(lambda line: float(line) < 4800)
+
+
+def _sound_blocks(data: bytes) -> bytes:
+    """The first 92 rows whose blocks of 512 tokens are as many as their lengths say."""
+    rows = [(line, json.loads(line)) for line in data.decode().splitlines(keepends=True)[:200]]
+    sound = [line for line, row in rows if -(-row["input_length"] // 512) == len(row["hash_ids"])]
+    return "".join(sound[:92]).encode()
+
+
 SETS = {
     "sharegpt-lengths": DataSet(
         "traces_lengths/sharegpt_8k.csv.gz",
@@ -65,6 +88,62 @@ SETS = {
         "fe7264328a06",
         "data/wikitext2_train_5k.txt",
         "CC BY-SA 3.0",
+    ),
+    "sharegpt-prompts": DataSet(
+        "chat_sharegpt_workload/8min_up_and_down.jsonl.gz",
+        "vllm-project/aibrix",
+        "e3e10f9e4aeb",
+        "benchmarks/scenarios/autoscaling/workload/8min_up_and_down.jsonl",
+        "Apache-2.0",
+        _first_rows(1400),
+    ),
+    "azure-conv": DataSet(
+        "traces_azure2023/conv.csv.gz",
+        "Azure/AzurePublicDataset",
+        "b469a113cedc",
+        "data/AzureLLMInferenceTrace_conv.csv",
+        "CC BY 4.0",
+        _azure_part,
+    ),
+    "azure-code": DataSet(
+        "traces_azure2023/code.csv.gz",
+        "Azure/AzurePublicDataset",
+        "b469a113cedc",
+        "data/AzureLLMInferenceTrace_code.csv",
+        "CC BY 4.0",
+        _azure_part,
+    ),
+    "mooncake-conversation": DataSet(
+        "traces_mooncake/conversation.jsonl.gz",
+        "kvcache-ai/Mooncake",
+        "3b5a59413395",
+        "FAST25-release/traces/conversation_trace.jsonl",
+        "Apache-2.0",
+        _mooncake_part,
+    ),
+    "mooncake-synthetic": DataSet(
+        "traces_mooncake/synthetic.jsonl.gz",
+        "kvcache-ai/Mooncake",
+        "3b5a59413395",
+        "FAST25-release/traces/synthetic_trace.jsonl",
+        "Apache-2.0",
+        _first_rows(2000),
+    ),
+    "mooncake-toolagent": DataSet(
+        "traces_mooncake/toolagent_sample.jsonl",
+        "hiverge/dynamo",
+        "4915d8fa2d36",
+        "mooncake_trace.jsonl",
+        "Apache-2.0",
+        _sound_blocks,
+    ),
+    "burstgpt": DataSet(
+        "traces_burstgpt/arrivals_day29_33.txt",
+        "NJUDeepEngine/Loquetier",
+        "aae33baeeb19",
+        "tests/configs/burstgpt_day29and33_partial.txt",
+        "CC BY 4.0",
+        _burst_part,
     ),
 }
 
@@ -93,17 +172,23 @@ def find(name: str, download: bool = True) -> Path:
     path = home() / "data" / entry.path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(gzip.compress(entry.convert(data), mtime=0))
+    converted = entry.convert(data)
+    part.write_bytes(gzip.compress(converted, mtime=0) if path.suffix == ".gz" else converted)
     part.replace(path)
     return path
 
 
 def text(name: str) -> str:
     """A text data set, decompressed. Raises BadFile when it is damaged."""
-    path = find(name)
+    return read(find(name))
+
+
+def read(path: Path) -> str:
+    """A text file, decompressed when it ends in .gz. Raises BadFile when it is damaged or not there."""
     try:
-        return gzip.decompress(path.read_bytes()).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadFile(path, f"is damaged: {error}") from error
 
 

@@ -33,7 +33,8 @@ NOISY = 1.5
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "kinds:\n" + "\n".join(f"  {name:<12}{text}" for name, text in KINDS.items())
+    kinds = {**KINDS, "serve": "load on a server over HTTP: `millstream bench serve --help`"}
+    parser.epilog = "kinds:\n" + "\n".join(f"  {name:<12}{text}" for name, text in kinds.items())
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("model", help=MODEL_HELP)
     parser.add_argument("--input-len", type=int, default=128, metavar="N", help="prompt tokens (default 128)")

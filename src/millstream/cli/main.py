@@ -23,12 +23,13 @@ ENTERED_S = time.perf_counter()
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
-# Command -> (module with `arguments(parser)` and `run(args)`, what it does).
+# Command, of one or two words -> (module with `arguments(parser)` and `run(args)`, what it does).
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "complete": ("complete", "continue a text, as it comes"),
     "chat": ("chat", "talk to a model in the terminal"),
     "demo": ("demo", "answer a few dozen prompts in one continuous batch, with a live view"),
     "bench": ("bench", "measure throughput, latency, start-up, or the knee of step sizes"),
+    "bench serve": ("bench_serve", "load a server over HTTP and measure what its clients see"),
     "explain": ("explain", "every automatic decision with its reason, and where the memory goes"),
     "quantize": ("quantize", "pack a model's matrices into 4 or 8 bits"),
     "pull": ("pull", "download a model"),
@@ -110,15 +111,20 @@ def _dispatch(words: list[str]) -> int:
     if first is None:
         root.print_help(sys.stderr)
         return USAGE
-    command = words[first]
-    if command == "help":
-        target = words[first + 1 : first + 2]
-        (parser_of(_known(target[0])) if target else root).print_help()
+    if words[first] == "help":
+        (parser_of(_command(words[first + 1 :])[0]) if words[first + 1 :] else root).print_help()
         return 0
-    args = parser_of(_known(command)).parse_args(words[first + 1 :])
+    command, rest = _command(words[first:])
+    args = parser_of(command).parse_args(rest)
     args.argv_started_s = ENTERED_S
     status: int = args.run(args)
     return status
+
+
+def _command(words: list[str]) -> tuple[str, list[str]]:
+    """The command that these words begin with, and the words after it."""
+    both = " ".join(words[:2])
+    return (both, words[2:]) if both in COMMANDS else (_known(words[0]), words[1:])
 
 
 def _known(command: str) -> str:
