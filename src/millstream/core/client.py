@@ -37,6 +37,7 @@ class Chunk:
     """News of one output of a request: new tokens, and on the last one why it ended.
 
     `index` tells the outputs of n > 1 apart. `text/` turns tokens into words. `error` is set when `finish` is ERROR.
+    `stop_token`: the last token ended the output and is no part of its text.
     """
 
     request_id: int
@@ -47,6 +48,7 @@ class Chunk:
     vector: bytes | None = None
     finish: Finish | None = None
     stop_reason: int | str | None = None
+    stop_token: bool = False
     error: str | None = None
     usage: Usage | None = None
     metrics: RequestMetrics | None = None

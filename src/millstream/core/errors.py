@@ -101,6 +101,12 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
+class Told(str):
+    """Not a value but words about one: an error shows it without quotes and leaves it longer."""
+
+    __slots__ = ()
+
+
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    text, limit = (str(value), 400) if isinstance(value, Told) else (repr(value), limit)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -66,6 +66,7 @@ class SampleAsk:
 
     `position` is that of the sampled token; random numbers are keyed by (seed, index, position). `history` are all
     tokens before it when a rule reads them (FROM_PREVIOUS may stand last), else empty. `banned` may not be sampled.
+    `allowed`, where it is given, has a bit for each token that may be (bit `token % 8` of byte `token // 8`).
     """
 
     params: SamplingParams
@@ -76,6 +77,16 @@ class SampleAsk:
     history: tuple[int, ...] = ()
     banned: tuple[int, ...] = ()
     top_logprobs: int | None = None
+    allowed: bytes | None = None
+
+    def may(self, token: int) -> bool:
+        """Whether the token is neither banned nor left out of `allowed`."""
+        if token in self.banned:
+            return False
+        if self.allowed is None:
+            return True
+        byte = token >> 3
+        return byte < len(self.allowed) and bool(self.allowed[byte] >> (token & 7) & 1)
 
 
 @dataclass(frozen=True, slots=True)

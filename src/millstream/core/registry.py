@@ -124,6 +124,15 @@ def get_device(point: str, name: str) -> Any:
     return _half(point, name, "device")
 
 
+def has(point: str, name: str, half: str) -> bool:
+    """Whether a plug-in in two halves has that one: "host" or "device". One of a single file has neither."""
+    found = module(point, name)
+    if hasattr(found, "PLUGIN"):
+        return False
+    path = f"{found.__name__}.{half}"
+    return path in sys.modules or importlib.util.find_spec(path) is not None
+
+
 def make(point: str, choice: Choice | str, device: bool = False, **given: Any) -> Any:
     """Builds a plug-in with its options. `given` are objects that the caller hands to every plug-in of the point."""
     if isinstance(choice, str):
@@ -159,10 +168,9 @@ def _half(point: str, name: str, half: str) -> Any:
     found = module(point, name)
     if hasattr(found, "PLUGIN"):
         return found.PLUGIN
-    path = f"{found.__name__}.{half}"
-    if path not in sys.modules and importlib.util.find_spec(path) is None:
+    if not has(point, name, half):
         raise ConfigError(f"{point} {name!r} has no {half} half")
-    return importlib.import_module(path).PLUGIN
+    return importlib.import_module(f"{found.__name__}.{half}").PLUGIN
 
 
 def _package(point: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
 MAX_SECONDS = 1e9
+MAX_STRUCTURED_CHARS = 1 << 18
 
 
 def _integer(param: str, got: object, low: int, high: int) -> None:
@@ -63,6 +65,70 @@ class Vectors:
 Segment = Tokens | Vectors
 
 
+STRUCTURED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar")
+
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """What an output must look like, as the text of a grammar.
+
+    `text` is, by `kind`: nothing (json_object: any JSON object), a JSON Schema (json_schema), a regular expression that
+    the whole output matches (regex), a JSON list of strings (choice), a Lark or GBNF grammar (grammar). With `strict` a
+    keyword of a schema that cannot be enforced is refused, without it such keywords are passed over. What the text says
+    is checked where it is compiled (`text/grammar`). Raises BadRequest for an unknown kind, and a text that is empty or
+    too long.
+    """
+
+    kind: str
+    text: str = ""
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in STRUCTURED_KINDS:
+            raise BadRequest("structured.kind", self.kind, ", ".join(STRUCTURED_KINDS))
+        if not isinstance(self.strict, bool):
+            raise BadRequest("structured.strict", self.strict, "true or false")
+        if not isinstance(self.text, str):
+            raise BadRequest(f"structured.{self.kind}", self.text, "a text")
+        if self.kind == "json_object":
+            object.__setattr__(self, "text", "")
+        elif not self.text:
+            raise BadRequest(f"structured.{self.kind}", self.text, "a text that is not empty")
+        elif len(self.text) > MAX_STRUCTURED_CHARS:
+            raise BadRequest(
+                f"structured.{self.kind}", f"{len(self.text)} characters", f"at most {MAX_STRUCTURED_CHARS}"
+            )
+
+    @classmethod
+    def json(cls, schema: Mapping[str, object] | str | None = None, strict: bool = True) -> Structured:
+        """JSON that fits a schema; without one, any JSON object."""
+        if schema is None:
+            return cls("json_object")
+        return cls("json_schema", schema if isinstance(schema, str) else _json("json_schema", schema), strict)
+
+    @classmethod
+    def regex(cls, pattern: str) -> Structured:
+        """A text that the pattern matches as a whole."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, options: Sequence[str]) -> Structured:
+        """One of the given texts."""
+        return cls("choice", _json("choice", [options] if isinstance(options, str) else list(options)))
+
+    @classmethod
+    def grammar(cls, text: str) -> Structured:
+        """A text of the language of a Lark or GBNF grammar with a rule `start` (GBNF: `root`)."""
+        return cls("grammar", text)
+
+
+def _json(kind: str, value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRequest(f"structured.{kind}", value, f"plain JSON ({error})") from None
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen, and when generation ends.
@@ -70,7 +136,8 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 or -1 and `top_p` 1.0 are off. `logprobs` and `prompt_logprobs` ask for
     that many alternatives beside the token itself (0: the token only); they are those of the model, before
     temperature and penalties. Without `seed` the engine draws one per request. `stop` strings are cut off the
-    text unless `include_stop_str_in_output`. `max_tokens` None means up to the end of the context.
+    text unless `include_stop_str_in_output`. `max_tokens` None means up to the end of the context. `structured` says
+    what the output must look like: only tokens that can lead there are chosen, and it ends when it is complete.
     Raises BadRequest when a value is out of bounds.
     """
 
@@ -93,6 +160,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: Structured | None = None
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_N)
@@ -131,6 +199,8 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, 2**31 - 1)
             _number("logit_bias", bias, -100.0, 100.0)
+        if self.structured is not None and not isinstance(self.structured, Structured):
+            raise BadRequest("structured", self.structured, "a Structured, such as Structured.json(schema)")
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))

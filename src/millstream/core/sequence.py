@@ -48,6 +48,7 @@ class Sequence:
     `tokens` are the prompt and all output that the host knows; `pending` more will be sampled by plans in flight;
     `computed` have their KV in the cache; `in_flight` are being computed. `gates` names what it waits for.
     `max_len` is the most tokens it can come to, output included (for a prompt that is only scored: one more than it).
+    `guides` say which tokens may come next (decode/protocol.py: Guide); with one, no token is launched ahead.
     `epoch` counts how often its holdings were given up: a result of an earlier epoch says nothing about the cache.
     `cold`: it is computed again from its first token, past every cache, because what it gave was not finite; the rows
     of the next `void` plans to come back were launched before that, and say nothing at all.
@@ -64,6 +65,7 @@ class Sequence:
     decode: Choice
     method: Any  # the host half of `decode`, made for this request (decode/protocol.py: DecodeMethod)
     stamps: Stamps
+    guides: tuple[Any, ...] = ()
     computed: int = 0
     in_flight: int = 0
     pending: int = 0

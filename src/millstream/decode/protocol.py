@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,7 +71,7 @@ class DecodeMethod(Protocol):
 
 
 class LogitRule(Protocol):
-    """Device half: changes the logits of the rows that ask for it, in place, before a token is chosen.
+    """Device half of a rule over logits: changes the logits of the rows that ask for it, in place, before a token is chosen.
 
     Rules run by rising `order`, those of one order by name: what adds (100), as in vLLM, before what scales by history
     (200), and what forbids (300) last, so that nothing makes a forbidden token likelier again.
@@ -83,12 +84,50 @@ class LogitRule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """An observer ends the output: with this reason, as the client sees it."""
+    """An observer ends the output: with this reason, as the client sees it (None: it is simply complete)."""
 
-    stop_reason: int | str
+    stop_reason: int | str | None
 
 
 class Observer(Protocol):
     """Watches the tokens of one output as they become true; may end it."""
 
     def see(self, tokens: Seq[int]) -> Halt | None: ...
+
+
+class Guide(Observer, Protocol):
+    """Says which tokens may come next in one output, out of those that came before: host work, between two steps.
+
+    A sequence with a guide waits for each of its tokens before the next one is launched. What `see` and `allowed` raise
+    ends the output, and no other.
+    """
+
+    def ready(self) -> bool:
+        """False while what it needs is still being made elsewhere; the sequence waits at a gate until then.
+
+        What an output had come to before (core/request.py: Prior) is told to `see` all the same.
+        """
+        ...
+
+    def allowed(self) -> bytes:
+        """A bit for each token that may come next (core/plan.py: SampleAsk.allowed)."""
+        ...
+
+
+class GuideMaker(Protocol):
+    """Host half of a rule over logits: made once an engine, it makes the guides of its requests.
+
+    `PLUGIN(vocabulary, vocab_size, stop_ids)`: `vocab_size` are the model's logits, which may be more than its
+    vocabulary has tokens.
+    """
+
+    def guide(self, request: Request, wake: Callable[[], None]) -> Callable[[], Guide] | None:
+        """Makes the guides of a request's outputs, None for a request that asks for none.
+
+        `wake` is called, from any thread, when a guide that was not ready has become so. Raises BadRequest.
+        """
+        ...
+
+    def counters(self) -> Mapping[str, float]: ...
+
+    def close(self) -> None: ...

@@ -22,7 +22,7 @@ from millstream.core.clock import Clock, WallClock
 from millstream.core.errors import BadRequest, RequestFault
 from millstream.core.events import Event
 from millstream.core.request import Limits, Request
-from millstream.decode.protocol import Observer
+from millstream.decode.protocol import GuideMaker, Observer
 from millstream.engine.check import check
 from millstream.engine.engine import Engine
 from millstream.engine.knee import Bench, first_knee, keep_knee, known_knee, measured_on
@@ -207,6 +207,11 @@ def build_engine(
         config.sched.preemption,
     )
     limits = Limits(spec.vocab_size, resolved.max_context, whole_blocks(spec, resolved.blocks) * capacity.block_size)
+    makers = [
+        cast(GuideMaker, registry.get("logits", name)(tokenizer.vocabulary, spec.vocab_size, tokenizer.stop_ids))
+        for name in registry.names("logits")
+        if registry.has("logits", name, "host")
+    ]
     watchers = [registry.get("observer", name) for name in registry.names("observer")]
 
     def observers(request: Request) -> list[Observer]:
@@ -220,6 +225,7 @@ def build_engine(
         stop_ids=frozenset(tokenizer.stop_ids),
         decode=config.decode,
         observers=observers,
+        guides=makers,
         listeners=listeners,
         seed=config.seed,
     )

@@ -23,12 +23,13 @@ from millstream.core.plan import Extend, Settled, StepPlan, StepResult, TokenLog
 from millstream.core.registry import Choice
 from millstream.core.request import MAX_SEED, Kind, Limits, Prior, Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish, Sequence, Stamps, State
-from millstream.decode.protocol import NOT_FINITE, DecodeMethod, Observer
+from millstream.decode.protocol import NOT_FINITE, DecodeMethod, Guide, GuideMaker, Observer
 from millstream.memory.blocks import BlockFault
 from millstream.runner.protocol import Runner, Ticket
 from millstream.sched.scheduler import Scheduler
 
 SIBLINGS = "siblings"
+GUIDES = "guides"
 # The engine's own request has an id that no client's has.
 SELF_TEST = -1
 
@@ -64,7 +65,8 @@ class Engine:
     """One model's engine. Not thread-safe: everything is called from the thread that steps it.
 
     `methods` makes the host half of a decode method for one request; `observers` makes the observers of one output;
-    `stop_ids` are the model's own end tokens.
+    `guides` make what says which tokens may come next; `stop_ids` are the model's own end tokens. `wake` is called, from
+    any thread, when a sequence that waited for something outside can go on.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         decode: Choice | None = None,
         methods: Callable[[Choice], DecodeMethod] = lambda choice: cast(DecodeMethod, registry.make("decode", choice)),
         observers: Callable[[Request], list[Observer]] = lambda request: [],
+        guides: Seq[GuideMaker] = (),
         listeners: Seq[Callable[[Event], None]] = (),
         seed: int | None = None,
     ) -> None:
@@ -86,6 +89,9 @@ class Engine:
         self.listeners = list(listeners)
         self._make_method = methods
         self._make_observers = observers
+        self._guide_makers = tuple(guides)
+        self._unready: list[Sequence] = []
+        self.wake: Callable[[], None] = lambda: None
         self._random = random.Random(seed)
         self._ids = itertools.count()
         self._groups: dict[int, _Group] = {}
@@ -116,6 +122,8 @@ class Engine:
         choice = request.decode or self.decode
         method = self._make_method(choice)
         count = method.num_sequences(request)
+        asked = [maker.guide(request, self._awake) for maker in self._guide_makers]
+        guides = [make for make in asked if make is not None]
         now = self.clock.now()
         params = request.params
         prompt = request.prompt_ids
@@ -146,13 +154,17 @@ class Engine:
                 decode=choice,
                 method=method,
                 stamps=Stamps(min(request.arrival or now, now)),
+                guides=tuple(make() for make in guides),
                 cumulative_logprob=prior.cumulative_logprob,
             )
+            if not all(guide.ready() for guide in seq.guides):
+                seq.gates.add(GUIDES)
+                self._unready.append(seq)
             if group.seqs:
                 # They share the prompt that the first one computes.
                 seq.gates.add(SIBLINGS)
             group.seqs.append(seq)
-            group.observers[index] = self._watchers(request, prior)
+            group.observers[index] = self._watchers(request, prior, seq.guides)
         group.unfinished = len(group.seqs)
         self._groups[request.id] = group
         if request.slo.deadline_s is not None:
@@ -181,8 +193,8 @@ class Engine:
             raise BadRequest("prior", sorted(priors), f"outputs from 0 to {count - 1}")
         return priors
 
-    def _watchers(self, request: Request, prior: Prior) -> list[Observer]:
-        watchers = self._make_observers(request)
+    def _watchers(self, request: Request, prior: Prior, guides: tuple[Guide, ...]) -> list[Observer]:
+        watchers = [*self._make_observers(request), *guides]
         for watcher in watchers:
             if prior.tokens and watcher.see(prior.tokens) is not None:
                 raise BadRequest("prior", f"output {prior.index}", "outputs that nothing ends before they go on")
@@ -194,7 +206,9 @@ class Engine:
 
     def load(self) -> Load:
         ledger = self.scheduler.ledger
-        counters = {**ledger.stats(), **self.counters, "steps": self.num_steps}
+        counters: dict[str, float] = {**ledger.stats(), **self.counters, "steps": self.num_steps}
+        for maker in self._guide_makers:
+            counters.update(maker.counters())
         return Load(self.scheduler.num_waiting, self.scheduler.num_running, ledger.free(), ledger.total(), counters)
 
     # -- the loop
@@ -205,6 +219,8 @@ class Engine:
         Raises what the runner raises, and EngineClosed when the engine finds that it computes nothing any more.
         """
         self._expire(self.clock.now())
+        if self._unready:
+            self._open_gates()
         while len(self._flights) < self._plans:
             plan = self.scheduler.plan(self.clock.now())
             if plan is not None:
@@ -239,7 +255,22 @@ class Engine:
         self._flights.clear()
 
     def close(self) -> None:
+        for maker in self._guide_makers:
+            maker.close()
         self.runner.close()
+
+    def _awake(self) -> None:
+        self.wake()
+
+    def _open_gates(self) -> None:
+        waiting, self._unready = self._unready, []
+        for seq in waiting:
+            if seq.finished:
+                continue
+            if all(guide.ready() for guide in seq.guides):
+                seq.gates.discard(GUIDES)
+            else:
+                self._unready.append(seq)
 
     def _settle(self, flight: _Flight, result: StepResult) -> None:
         now = self.clock.now()
@@ -495,6 +526,8 @@ class Engine:
             total_s=now - stamps.arrival,
             preemptions=seq.preemptions,
         )
+        ends = tokens if replaced is None else replaced
+        by_token = reason is Finish.STOP and not isinstance(stop_reason, str) and ends[-1:] != ()
         prompt_logprobs = None
         first = seq.num_output == len(tokens) or replaced is not None
         if seq.request.params.prompt_logprobs is not None and first:
@@ -508,6 +541,7 @@ class Engine:
                 prompt_logprobs,
                 finish=reason,
                 stop_reason=stop_reason,
+                stop_token=by_token and ends[-1] in seq.stop_ids,
                 error=seq.error,
                 usage=self._usage(seq),
                 metrics=metrics,

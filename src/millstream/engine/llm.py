@@ -11,6 +11,7 @@ import math
 import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ from millstream.engine.assemble import Assembled, assemble, facts_of
 from millstream.engine.outputs import OutputBuilder, RequestOutput, ScoreOutput
 from millstream.engine.thread import AsyncEngine, EngineThread
 from millstream.text.chat import ChatTemplate, encode_chat, template_of
+from millstream.text.grammar.compiler import GrammarCompiler
 from millstream.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -71,6 +73,7 @@ class _Front:
         )
         self.model = model
         self.thread = EngineThread(self.assembled.engine)
+        self._grammars: GrammarCompiler | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -122,6 +125,24 @@ class _Front:
             arrival=self.assembled.engine.clock.now(),
             **given,
         )
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Says whether a grammar can be taken; its process starts with the first one."""
+        if self._grammars is None:
+            tokenizer = self.tokenizer
+            self._grammars = GrammarCompiler(tokenizer.vocabulary, self.assembled.spec.vocab_size, tokenizer.stop_ids)
+        return self._grammars
+
+    def checked(self, params: SamplingParams) -> SamplingParams:
+        """`params` with a grammar that the engine can take. Raises BadRequest naming what is wrong with it."""
+        if params.structured is None:
+            return params
+        return replace(params, structured=self.grammars.check(params.structured).structured)
+
+    def _close_grammars(self) -> None:
+        if self._grammars is not None:
+            self._grammars.close()
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -220,7 +241,7 @@ class LLM(_Front):
         """The text of one output as it comes. Leaving early aborts the request. Raises RequestFault when it fails."""
         text, ids = self.prompt_ids(prompt)
         params = sampling_params or self.get_default_sampling_params()
-        request = self.request(ids, params, **given)
+        request = self.request(ids, self.checked(params), **given)
         if self.assembled.engine.num_outputs(request) != 1:
             raise BadRequest("n", params.n, "1 when streaming")
         builder = OutputBuilder(request.id, text, ids, params, 1, self.tokenizer)
@@ -240,6 +261,7 @@ class LLM(_Front):
                 self.thread.abort(request.id)
 
     def close(self) -> None:
+        self._close_grammars()
         self.thread.close()
 
     def __enter__(self) -> LLM:
@@ -282,8 +304,8 @@ class LLM(_Front):
         builders: dict[int, OutputBuilder] = {}
         requests = []
         for place, ((text, ids), own) in enumerate(zip(prepared, params, strict=True)):
-            request = self.request(ids, own, **given)
             try:
+                request = self.request(ids, self.checked(own), **given)
                 count = engine.num_outputs(request)
             except BadRequest as error:
                 raise BadRequest(f"prompts[{place}]: {error.param}", error.got, error.allowed) from None
@@ -330,6 +352,9 @@ class AsyncLLM(_Front):
         """The output so far, each time it grew; the last one has `finished`. Leaving early aborts the request."""
         text, ids = self.prompt_ids(prompt)
         params = sampling_params or self.get_default_sampling_params()
+        if params.structured is not None:
+            ready = await self.grammars.check_async(params.structured)
+            params = replace(params, structured=ready.structured)
         request = self.request(ids, params, **given)
         count = self.assembled.engine.num_outputs(request)
         builder = OutputBuilder(request.id, text, ids, params, count, self.tokenizer)
@@ -338,4 +363,5 @@ class AsyncLLM(_Front):
             yield builder.output
 
     async def close(self) -> None:
+        self._close_grammars()
         await self.client.close()

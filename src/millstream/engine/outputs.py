@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from millstream.core.client import Chunk, RequestMetrics
 from millstream.core.plan import TokenLogprobs
 from millstream.core.request import SamplingParams
-from millstream.core.sequence import Finish
 from millstream.text.stream import StreamText
 from millstream.text.tokenizer import Tokenizer
 
@@ -108,8 +107,7 @@ class OutputBuilder:
                 None if entry is None else self._position(entry) for entry in chunk.prompt_logprobs
             ]
         shown = tokens
-        ended_by_token = chunk.finish is Finish.STOP and not isinstance(chunk.stop_reason, str)
-        if ended_by_token and not self._params.include_stop_str_in_output:
+        if chunk.stop_token and not self._params.include_stop_str_in_output:
             shown = tokens[:-1]
         stream = self._texts[chunk.index]
         new = stream.push(shown)

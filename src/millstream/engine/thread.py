@@ -57,6 +57,7 @@ class EngineThread:
         self._ids = itertools.count(1)
         self._idle = threading.Event()
         self._idle.set()
+        engine.wake = self._nudge
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -125,6 +126,11 @@ class EngineThread:
             self._idle.clear()
             self._inbox.append(work)
             self._wake.notify()
+
+    def _nudge(self) -> None:
+        """Ends the wait for a gate."""
+        with contextlib.suppress(EngineClosed):
+            self.post(lambda: None)
 
     def _run(self) -> None:
         engine = self.engine

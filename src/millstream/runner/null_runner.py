@@ -166,7 +166,7 @@ def prefix_hash(tokens: Sequence[int]) -> int:
 def candidates(ask: SampleAsk, chain: int, vocab_size: int) -> list[int]:
     """The tokens that may follow, the likeliest first: a fixed shuffle by the prefix and the sample's own key."""
     key = mix(chain, 0 if ask.params.greedy else ask.seed + ask.index)
-    return sorted((token for token in range(vocab_size) if token not in ask.banned), key=lambda token: mix(key, token))
+    return sorted((token for token in range(vocab_size) if ask.may(token)), key=lambda token: mix(key, token))
 
 
 def choose(ask: SampleAsk, chain: int, vocab_size: int) -> int:

@@ -88,7 +88,7 @@ class Tokenizer:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Id -> bytes for the engine; costs nothing until it is asked for an id."""
-        return Vocabulary(self.vocab_size, self._lookup_bytes, self.special_ids)
+        return Vocabulary(self.vocab_size, self._lookup_bytes, self.special_ids, self._cut)
 
     @cached_property
     def splitter(self) -> SpecialSplitter:
@@ -196,6 +196,9 @@ class Tokenizer:
             return bytes([alphabet[char] for char in piece])
         except KeyError:
             return piece.encode("utf-8")
+
+    def _cut(self, text: str) -> list[int]:
+        return self._encode_plain(text, first=self.facts.prefix == "each")
 
     def _encode_plain(self, text: str, *, first: bool) -> list[int]:
         if not text:

@@ -48,7 +48,7 @@ class Autoregressive:
             if rows:
                 rule.apply(logits, rows, asks, histories)
         for row, ask in enumerate(asks):
-            if ask.banned or ask.params.logit_bias:
+            if ask.banned or ask.params.logit_bias or ask.allowed is not None:
                 self._check_choice(logits, row, faults)
         tokens = torch.argmax(logits, dim=-1).tolist()
         draws = [_draw(row, ask) for row, ask in enumerate(asks) if not ask.params.greedy and faults[row] is None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from millstream.core.errors import BadRequest
 from millstream.core.plan import Logprob, SampleAsk, Settled
 from millstream.core.request import Request, SamplingParams
 from millstream.core.sequence import Finish, Sequence
@@ -35,10 +36,12 @@ class Beam:
         self._searches: dict[int, _Search] = {}
 
     def num_sequences(self, request: Request) -> int:
+        if request.params.structured is not None:
+            raise BadRequest("structured", "a beam search", "sampling: beams are grown from the model's own logprobs")
         return self.config.width
 
     def num_outputs(self, request: Request) -> int:
-        return self.config.width
+        return self.num_sequences(request)
 
     def want(self, seq: Sequence) -> int:
         # Which token comes next is known only when all beams have settled, so none is computed ahead.

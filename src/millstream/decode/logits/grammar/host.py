@@ -1,0 +1,153 @@
+"""The grammar of each output, walked along its tokens. What a client's grammar says was tried out in another process
+(text/grammar/compiler.py) before it comes here; it is built again, off the engine's thread, under the same limits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from millstream.core.errors import BadRequest, RequestFault
+from millstream.core.lru import Lru
+from millstream.core.request import Kind, Request, Structured
+from millstream.decode.protocol import Guide, Halt
+from millstream.text.grammar.build import MISSING, BadGrammar, Matcher, build, installed, make_tokenizer, raise_error
+from millstream.text.vocabulary import Vocabulary
+
+# Matchers at their start, kept for the next request of the same grammar. One is 0.4 MB, where it is large 10.
+MAX_KEPT = 64
+MAX_KEPT_BYTES = 4 << 20
+STACK_BYTES = 8 << 20
+
+
+class _Prototype:
+    """A grammar being built, then built: or what is wrong with it."""
+
+    def __init__(self) -> None:
+        self.matcher: Matcher | None = None
+        self.error: str | None = None
+        self.wakes: list[Callable[[], None]] = []
+
+    @property
+    def done(self) -> bool:
+        return self.matcher is not None or self.error is not None
+
+
+class Grammar:
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int, stop_ids: Iterable[int]) -> None:
+        self._vocabulary, self._vocab_size, self._stop_ids = vocabulary, vocab_size, sorted(stop_ids)
+        self._tokenizer: Any = None
+        self._kept: Lru[Structured, _Prototype] = Lru(MAX_KEPT, MAX_KEPT_BYTES)
+        self._lock = threading.Lock()
+        self._builder: ThreadPoolExecutor | None = None
+        self.mask_s = 0.0
+        self.masks = 0
+
+    def guide(self, request: Request, wake: Callable[[], None]) -> Callable[[], Guide] | None:
+        asked = request.params.structured
+        if asked is None or request.kind is not Kind.GENERATE:
+            return None
+        if not installed():
+            raise BadRequest("structured", asked.kind, f"nothing: {MISSING}")
+        prototype = self._kept.get(asked)
+        if prototype is None:
+            prototype = _Prototype()
+            self._kept.put(asked, prototype, 4 * len(asked.text))
+            self._executor().submit(self._build, asked, prototype)
+        with self._lock:
+            if not prototype.done:
+                prototype.wakes.append(wake)
+        return lambda: _Walk(self, prototype)
+
+    def counters(self) -> Mapping[str, float]:
+        return {
+            "guide_cache_hits": self._kept.hits,
+            "guide_cache_misses": self._kept.misses,
+            "guide_masks": self.masks,
+            "guide_mask_s": self.mask_s,
+        }
+
+    def close(self) -> None:
+        if self._builder is not None:
+            self._builder.shutdown(wait=False, cancel_futures=True)
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._builder is None:
+            self._builder = ThreadPoolExecutor(1, "millstream-grammar")
+        return self._builder
+
+    def _build(self, asked: Structured, prototype: _Prototype) -> None:
+        matcher: Matcher | None = None
+        error = "the grammar was not built"
+        try:
+            if self._tokenizer is None:
+                self._tokenizer = make_tokenizer(self._vocabulary, self._vocab_size, self._stop_ids)
+            matcher = build(self._tokenizer, asked)
+        except BadGrammar as caught:
+            error = str(caught)
+        except Exception as caught:
+            error = f"{type(caught).__name__}: {caught}"
+        with self._lock:
+            prototype.matcher = matcher
+            prototype.error = None if matcher is not None else f"structured: {error}"
+            wakes, prototype.wakes = prototype.wakes, []
+        for wake in wakes:
+            wake()
+
+
+class _Walk:
+    """One output's way through its grammar."""
+
+    def __init__(self, owner: Grammar, prototype: _Prototype) -> None:
+        self._owner, self._prototype = owner, prototype
+        self._matcher: Matcher | None = None
+        self._early: list[int] = []
+
+    def ready(self) -> bool:
+        return self._prototype.done
+
+    def allowed(self) -> bytes:
+        matcher, start = self._own(), time.perf_counter()
+        mask = matcher.compute_bitmask()
+        self._owner.masks += 1
+        self._owner.mask_s += time.perf_counter() - start
+        _check(matcher)
+        return mask
+
+    def see(self, tokens: Seq[int]) -> Halt | None:
+        if not self.ready():
+            self._early += tokens
+            return None
+        matcher = self._own()
+        for token in tokens:
+            if not matcher.consume_token(token):
+                _check(matcher)
+                raise RequestFault(f"structured: token {token} is not in the grammar")
+            if matcher.is_stopped():
+                _check(matcher)
+                return Halt(None)
+        return None
+
+    def _own(self) -> Matcher:
+        if self._matcher is None:
+            if self._prototype.matcher is None:
+                raise RequestFault(self._prototype.error or "structured: the grammar is not ready")
+            self._matcher = self._prototype.matcher.deep_copy()
+            for token in self._early:
+                self._matcher.consume_token(token)
+            _check(self._matcher)
+        return self._matcher
+
+
+def _check(matcher: Matcher) -> None:
+    try:
+        raise_error(matcher)
+    except BadGrammar as error:
+        raise RequestFault(f"structured: the grammar cannot be followed further ({error})") from None
+
+
+PLUGIN = Grammar
