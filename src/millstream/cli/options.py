@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millstream.config.schema import EngineConfig
     from millstream.core.events import Event
-    from millstream.core.request import SamplingParams
+    from millstream.core.request import SamplingParams, Structured
     from millstream.engine.llm import LLM
 
 MODEL_HELP = "a short name (millstream list), org/name[:file.gguf] on the hub, or a path"
@@ -51,6 +52,12 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=kind, metavar="N" if kind is int else "X", help=text)
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's own end token")
+    shape = parser.add_argument_group("structured output", "At most one of these.").add_mutually_exclusive_group()
+    shape.add_argument("--json-object", action="store_true", help="the output is a JSON object")
+    shape.add_argument("--json-schema", metavar="JSON", help="the output fits this JSON Schema; @FILE reads it")
+    shape.add_argument("--regex", metavar="PATTERN", help="the whole output matches this")
+    shape.add_argument("--choice", action="append", metavar="TEXT", help="the output is one of these; may be repeated")
+    shape.add_argument("--grammar", metavar="TEXT", help="a Lark or GBNF grammar of the output; @FILE reads it")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -76,6 +83,33 @@ def open_llm(args: argparse.Namespace, listeners: Sequence[Callable[[Event], Non
         return LLM(args.model, config, listeners=listeners, progress=progress, notice=note)
 
 
+def structured(args: argparse.Namespace) -> Structured | None:
+    """What the output must look like. Raises BadRequest and BadFile."""
+    from millstream.core.request import Structured
+
+    if args.json_object:
+        return Structured.json()
+    if args.json_schema is not None:
+        return Structured.json(_text(args.json_schema))
+    if args.regex is not None:
+        return Structured.regex(args.regex)
+    if args.choice:
+        return Structured.choice(args.choice)
+    return None if args.grammar is None else Structured.grammar(_text(args.grammar))
+
+
+def _text(given: str) -> str:
+    """The text itself, or that of the file after an @."""
+    if not given.startswith("@"):
+        return given
+    from millstream.core.errors import BadFile
+
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(given[1:], f"cannot be read ({error})") from None
+
+
 def sampling_params(args: argparse.Namespace, llm: LLM, num_prompt: int, **given: Any) -> SamplingParams:
     """What the flags say over the model's own defaults. Raises BadRequest."""
     over: dict[str, Any] = dict(given)
@@ -87,6 +121,8 @@ def sampling_params(args: argparse.Namespace, llm: LLM, num_prompt: int, **given
         over["stop"] = tuple(args.stop)
     if args.ignore_eos:
         over["ignore_eos"] = True
+    if (shape := structured(args)) is not None:
+        over["structured"] = shape
     if args.max_tokens is not None:
         over["max_tokens"] = args.max_tokens
     else:

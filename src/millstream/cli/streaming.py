@@ -41,7 +41,7 @@ def stream(
     from millstream.core.errors import RequestFault
     from millstream.engine.outputs import OutputBuilder
 
-    request = llm.request(ids, params)
+    request = llm.request(ids, llm.checked(params))
     count = llm.assembled.engine.num_outputs(request)
     builder = OutputBuilder(request.id, text, ids, params, count, llm.tokenizer)
     chunks: queue.SimpleQueue[tuple[float, Chunk]] = queue.SimpleQueue()

@@ -71,7 +71,7 @@ class DecodeMethod(Protocol):
 
 
 class LogitRule(Protocol):
-    """Device half of a rule over logits: changes the logits of the rows that ask for it, in place, before a token is chosen.
+    """Device half of a rule: changes the logits of the rows that ask for it, in place, before a token is chosen.
 
     Rules run by rising `order`, those of one order by name: what adds (100), as in vLLM, before what scales by history
     (200), and what forbids (300) last, so that nothing makes a forbidden token likelier again.

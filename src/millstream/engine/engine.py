@@ -65,8 +65,8 @@ class Engine:
     """One model's engine. Not thread-safe: everything is called from the thread that steps it.
 
     `methods` makes the host half of a decode method for one request; `observers` makes the observers of one output;
-    `guides` make what says which tokens may come next; `stop_ids` are the model's own end tokens. `wake` is called, from
-    any thread, when a sequence that waited for something outside can go on.
+    `guides` make what says which tokens may come next; `stop_ids` are the model's own end tokens. `wake` is called,
+    from any thread, when a sequence that waited for something outside can go on.
     """
 
     def __init__(

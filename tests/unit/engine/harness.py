@@ -40,6 +40,7 @@ class Bench:
         context: int = 256,
         stop_ids: frozenset[int] = frozenset(),
         observers: Any = lambda request: [],
+        guides: Sequence[Any] = (),
         fail: dict[int, str] | None = None,
     ) -> None:
         self.clock = VirtualClock()
@@ -59,6 +60,7 @@ class Bench:
             Limits(VOCAB, context, num_blocks * block_size),
             stop_ids=stop_ids,
             observers=observers,
+            guides=guides,
             seed=1,
         )
         self.chunks: dict[tuple[int, int], list[Chunk]] = {}

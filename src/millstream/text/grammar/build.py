@@ -19,7 +19,7 @@ from millstream.text.vocabulary import Vocabulary
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 
 # What one mask may cost at most, here about 10 ms, and what the automata of one output may keep, here about 40 MB.
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 120_000,
@@ -106,7 +106,9 @@ def raise_error(matcher: Matcher) -> None:
     """Raises BadGrammar when the matcher has gone into its error state."""
     if matcher.is_error():
         text = matcher.get_error()
-        raise BadGrammar(_line(text) or "it cannot be fulfilled")
+        told = _line(text)
+        # Its name for: no byte could follow, and the end is not reached either.
+        raise BadGrammar("no output can fulfil it" if told in ("", "NoExtensionBias", "NoExtension") else told)
 
 
 def _source(structured: Structured) -> str:
@@ -121,6 +123,8 @@ def _source(structured: Structured) -> str:
             "coerce_one_of": not structured.strict,
         }
         schema = text if kind == "json_schema" else '{"type": "object"}'
+        if schema.strip() == "true":
+            schema = "{}"
         return LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, options))
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)

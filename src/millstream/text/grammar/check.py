@@ -49,6 +49,8 @@ def check_schema(schema: Any) -> None:
     """Depth, size and counts of a JSON Schema. Raises Refused."""
     if not isinstance(schema, Mapping | bool):
         raise Refused(f"a {type(schema).__name__}", "a JSON Schema: an object, or true")
+    if schema is False:
+        raise Refused("false, a schema that nothing fulfils", "a schema that some output fulfils")
     nodes = 0
     left: list[tuple[Any, str, int, str]] = [(schema, "schema", 0, "$")]
     while left:

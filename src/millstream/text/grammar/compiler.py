@@ -4,8 +4,8 @@
     ready = compiler.check(Structured.json(schema))    # or: await compiler.check_async(...)
     SamplingParams(structured=ready.structured)
 
-Every front end asks here before it submits: what a grammar does wrong is then a BadRequest, told before the first token.
-The engine builds the same grammar again, which takes a millisecond, under the same limits.
+Every front end asks here before it submits: what a grammar does wrong is then a BadRequest, told before the first
+token. The engine builds the same grammar again, which takes a millisecond, under the same limits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ENTRY_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class CompileLimits:
-    """Of one compile: seconds and bytes. Of the cache: entries and bytes. `waiting`: grammars that may stand in line."""
+    """Of one compile: seconds and bytes. Of the cache: entries and bytes. `waiting` grammars may stand in line."""
 
     time_s: float = 2.0
     memory_bytes: int = 512 << 20
