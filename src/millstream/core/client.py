@@ -48,13 +48,13 @@ class Chunk:
     vector: bytes | None = None
     finish: Finish | None = None
     stop_reason: int | str | None = None
-    stop_token: bool = False
     error: str | None = None
     usage: Usage | None = None
     metrics: RequestMetrics | None = None
     cumulative_logprob: float = 0.0
     # A method that rewrites history (beam search) gives the whole output here on the last chunk.
     replaced: tuple[int, ...] | None = None
+    stop_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -417,6 +417,7 @@ class _Client(asyncio.Protocol):
                 chunk.metrics,
                 chunk.cumulative_logprob,
                 chunk.replaced,
+                chunk.stop_token,
             )
             for chunk in chunks
         )
