@@ -370,7 +370,17 @@ class Engine:
             prompt_logprobs = None
             if seq.num_output == len(taken) and seq.request.params.prompt_logprobs is not None:
                 prompt_logprobs = tuple(seq.prompt_logprobs or [None] * seq.num_prompt)
-            group.sink(Chunk(seq.request.id, seq.index, tuple(taken), kept, prompt_logprobs, usage=self._usage(seq)))
+            group.sink(
+                Chunk(
+                    seq.request.id,
+                    seq.index,
+                    tuple(taken),
+                    kept,
+                    prompt_logprobs,
+                    usage=self._usage(seq),
+                    cumulative_logprob=seq.cumulative_logprob,
+                )
+            )
         else:
             self._finish(seq, reason, stop_reason, tuple(taken), kept)
 
