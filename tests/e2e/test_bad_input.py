@@ -516,7 +516,7 @@ def test_logits_that_are_nan_for_one_row_end_that_request_only(unharmed, monkeyp
     assert [*found[:2], *found[3:]] == alone
     monkeypatch.setattr(type(decoder), "embed", embed)
 
-    # And later on: in the midst of a batch the head gives no number for one row.
+    # And later on: in the midst of a batch the head gives no number for one row, once. It is computed anew.
     batches = 0
 
     def failing(self, x):
@@ -529,10 +529,10 @@ def test_logits_that_are_nan_for_one_row_end_that_request_only(unharmed, monkeyp
         return logits
 
     monkeypatch.setattr(type(decoder), "head", failing)
-    found = outputs(unharmed, PROMPTS)
-    (broken,) = [place for place, (_, end, _) in enumerate(found) if end == "error"]
-    assert found[broken][0] == alone[broken][0][: len(found[broken][0])] != alone[broken][0]
-    assert [f for f in found if f[1] != "error"] == [a for place, a in enumerate(alone) if place != broken]
+    counters = unharmed.assembled.engine.counters
+    retries = counters["cold_retries"]
+    assert outputs(unharmed, PROMPTS) == alone
+    assert counters["cold_retries"] == retries + 1
 
 
 def test_what_a_broken_request_computed_is_not_found_by_a_later_one(unharmed, monkeypatch):
@@ -541,7 +541,12 @@ def test_what_a_broken_request_computed_is_not_found_by_a_later_one(unharmed, mo
     want = outputs(unharmed, [prompt])
     unharmed.thread.call(lambda engine: engine.scheduler.ledger.index.clear())
     embed = type(decoder).embed
-    monkeypatch.setattr(type(decoder), "embed", lambda self, tokens: embed(self, tokens) * float("nan"))
+
+    def broken(self, tokens):
+        x = embed(self, tokens)
+        return x * float("nan") if bool((tokens >= 50).any()) else x
+
+    monkeypatch.setattr(type(decoder), "embed", broken)
     assert outputs(unharmed, [prompt])[0][1] == "error"
     monkeypatch.setattr(type(decoder), "embed", embed)
     assert outputs(unharmed, [prompt]) == want
@@ -560,6 +565,10 @@ def test_one_of_n_broken_samples_leaves_its_siblings(unharmed, monkeypatch):
             calls += 1
             if calls == 3:
                 logits[2] = float("nan")
+        elif calls >= 3 and logits.shape[0] == 1:
+            # The one that is computed anew comes to its logits by itself.
+            logits[0] = float("nan")
+            calls = -10_000
         return logits
 
     monkeypatch.setattr(type(decoder), "head", failing)
@@ -575,7 +584,9 @@ def test_scores_that_are_not_finite_are_a_fault_of_that_text(unharmed, monkeypat
     decoder = unharmed.assembled.built.runner.decoder
     want = [score.logprob for score in unharmed.score(PROMPTS)]
     head = type(decoder).head
-    monkeypatch.setattr(type(decoder), "head", lambda self, x: head(self, x) * float("nan"))
+    # Of many positions at once, as no sampled token is: the engine's own test of the model is one.
+    broken = float("nan")
+    monkeypatch.setattr(type(decoder), "head", lambda self, x: head(self, x) * (broken if x.shape[0] > 1 else 1.0))
     with pytest.raises(RequestFault, match="not finite"):
         unharmed.score(PROMPTS)
     monkeypatch.setattr(type(decoder), "head", head)
