@@ -287,6 +287,7 @@ class Limits:
 class Request:
     """One ask. `id` is ours; `label` is the client's and is never used as a key.
 
+    `background` work is computed in steps that nobody else has a part in: it gives way at once, with all it holds.
     `prior` says what of it was answered already, by an engine that is gone; it needs a seed (of what it had sampled).
     """
 
@@ -299,6 +300,7 @@ class Request:
     program: Program | None = None
     slo: Slo = Slo()
     priority: int = 0
+    background: bool = False
     adapter: str = ""
     cache_salt: str = ""
     hints: Hints = Hints()
@@ -385,6 +387,8 @@ class Request:
             raise BadRequest("decode", self.decode, "a Choice of a decode method, such as Choice('beam', {'width': 4})")
         if not isinstance(self.priority, int) or isinstance(self.priority, bool):
             raise BadRequest("priority", self.priority, "an integer")
+        if not isinstance(self.background, bool):
+            raise BadRequest("background", self.background, "true or false")
         for name in ("tenant", "adapter", "cache_salt", "label"):
             if not isinstance(getattr(self, name), str):
                 raise BadRequest(name, getattr(self, name), "a string")

@@ -39,16 +39,21 @@ class Scheduler:
         self.preemption = preemption
         self.observe = observe
         self.live: dict[int, Sequence] = {}
+        self._background: dict[int, Sequence] = {}
+        self._aside: frozenset[int] = frozenset()  # stand aside in the step that is being planned
         self._forgotten: list[int] = []
         self._faults: dict[int, tuple[Sequence, Exception]] = {}
         self._plan_ids = itertools.count()
 
     def add(self, seq: Sequence) -> None:
         self.live[seq.id] = seq
+        if seq.request.background:
+            self._background[seq.id] = seq
 
     def remove(self, seq: Sequence, now: float, remember: bool) -> None:
         """Ends a sequence's stay: its blocks are given back, remembered for later prompts unless they are suspect."""
         del self.live[seq.id]
+        self._background.pop(seq.id, None)
         self.ledger.release(seq, now, remember)
         seq.state = State.FINISHED
         self._forgotten.append(seq.id)
@@ -86,7 +91,8 @@ class Scheduler:
         return faults
 
     def _fill(self, now: float) -> list[Extend]:
-        """One pass over everybody, the first in rank first."""
+        """One pass over everybody, the first in rank first; over background work only when nobody else is here."""
+        self._aside = frozenset(self._background if len(self._background) < len(self.live) else ())
         view = self._view(now)
         for meter in self.meters:
             meter.begin(view)
@@ -111,7 +117,7 @@ class Scheduler:
         """Everybody that no fault has ended, the first in rank first."""
         ranks: dict[int, tuple[float, ...]] = {}
         for seq in self.live.values():
-            if seq.id not in self._faults:
+            if seq.id not in self._faults and seq.id not in self._aside:
                 try:
                     ranks[seq.id] = self.policy.rank(seq.view, view)
                 except Exception as error:
@@ -131,10 +137,15 @@ class Scheduler:
             # Cheap refusals first: entering touches the cache.
             if not self._would_fit(seq):
                 return None, False
-            if not self._enter(seq, now):
-                # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
-                return None, True
+            while not self._enter(seq, now):
+                if (holder := self._aside_holder()) is None:
+                    # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
+                    return None, True
+                self._preempt(holder, now)
         n = self._fit(seq)
+        while (holder := self._aside_holder()) is not None and n < self._most(seq):
+            self._preempt(holder, now)
+            n = self._fit(seq)
         while n == 0 and not entering and self._would_fit(seq):
             victim = self._victim(order, place, out, view)
             if victim is None:
@@ -159,9 +170,9 @@ class Scheduler:
         its siblings). Else of those that run, if one of them lacks nothing but blocks: the one that has the blocks may
         lack what a meter keeps back for the other.
         """
-        live = self.live.values()
+        live = [seq for seq in self.live.values() if seq.id not in self._aside]
         able = [seq for seq in live if not seq.gates and seq.left > 0 and seq.id not in self._faults]
-        if not able or any(seq.plans_in_flight for seq in live):
+        if not able or any(seq.plans_in_flight for seq in self.live.values()):
             return None
         holders = [seq for seq in live if seq.gates and seq.state is State.RUNNING and seq.id not in self._faults]
         if not holders:
@@ -172,8 +183,9 @@ class Scheduler:
         return max(holders, key=lambda seq: self.policy.rank(seq.view, view), default=None)
 
     def _view(self, now: float) -> LoadView:
-        waiting = [seq.view for seq in self.live.values() if seq.state is not State.RUNNING]
-        running = [seq.view for seq in self.live.values() if seq.state is State.RUNNING]
+        live = [seq for seq in self.live.values() if seq.id not in self._aside]
+        waiting = [seq.view for seq in live if seq.state is not State.RUNNING]
+        running = [seq.view for seq in live if seq.state is State.RUNNING]
         view = LoadView(now, self.ledger.free(), self.ledger.total(), waiting, running)
         view.budget = self.policy.budget(view)
         return view
@@ -186,13 +198,16 @@ class Scheduler:
             n = meter.fit(seq, n)
         return n
 
-    def _would_fit(self, seq: Sequence) -> bool:
-        """Whether it could go on if only blocks were there: no meter refuses that preemption cannot relieve."""
+    def _most(self, seq: Sequence) -> int:
+        """Tokens that it would get if only blocks were there: what the meters leave that preemption cannot relieve."""
         n: int = seq.method.want(seq)
         for meter in self.meters:
             if not meter.relieved_by_preemption:
                 n = meter.fit(seq, n)
-        return n > 0
+        return n
+
+    def _would_fit(self, seq: Sequence) -> bool:
+        return self._most(seq) > 0
 
     def _enter(self, seq: Sequence, now: float) -> bool:
         """Gives a sequence that holds nothing on the device what is there for it; False when there is no room."""
@@ -228,6 +243,12 @@ class Scheduler:
         seq.state = State.WAITING
         seq.computed = seq.in_flight = 0
         seq.epoch += 1
+
+    def _aside_holder(self) -> Sequence | None:
+        """The last of those that stand aside and still hold blocks."""
+        if not self._aside:
+            return None
+        return next((seq for seq in reversed(self._background.values()) if seq.state is State.RUNNING), None)
 
     def _victim(self, order: list[Sequence], place: int, out: set[int], view: LoadView) -> Sequence | None:
         running = [s for s in order[place + 1 :] if s.state is State.RUNNING and s.id not in out]
