@@ -125,8 +125,9 @@ class EngineClient(Protocol):
     def events(self, *kinds: type[Event]) -> AsyncIterator[Event]:
         """What happens from now on, in order; of the given kinds only, where some are given.
 
-        What a Computed or Emitted costs is paid a row and step, so ask for what is read. Views of sequences are as
-        they were at the event. Whoever reads too slowly loses the oldest ones (`EventFeed.lost` counts them).
+        Asking for Computed gives Prefilled too, which is a kind of it. What a Computed or Emitted costs is paid a row
+        and step, so ask for what is read. Views of sequences are as they were at the event. Whoever reads too slowly
+        loses the oldest ones (`EventFeed.lost` counts them).
         """
         ...
 

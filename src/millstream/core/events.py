@@ -33,6 +33,14 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefilled(Computed):
+    """What was computed is a chunk of a prompt, or of what a preemption had it forget: not one token just sampled.
+
+    A kind of its own, so that who follows requests by their chunks need not pay for every token of every output.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Emitted:
     now: float
     seq: SeqView
@@ -57,7 +65,8 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """A plan came back. It computed `tokens`, `prompt_tokens` of them of prompts; `seconds` is the forward pass."""
+    """A plan came back. It computed `tokens`, `prompt_tokens` of them of prompts; `seconds` is the forward pass,
+    `planning_s` what the scheduler took to make the plan."""
 
     now: float
     plan: int
@@ -68,6 +77,7 @@ class Stepped:
     waiting: int
     running: int
     free_blocks: int
+    planning_s: float = 0.0
 
 
-Event = Submitted | Admitted | Computed | Emitted | Preempted | Finished | Stepped
+Event = Submitted | Admitted | Computed | Prefilled | Emitted | Preempted | Finished | Stepped

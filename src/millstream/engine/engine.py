@@ -18,7 +18,7 @@ from millstream.core import registry
 from millstream.core.client import Chunk, Load, RequestMetrics, Usage
 from millstream.core.clock import Clock
 from millstream.core.errors import BadRequest, EngineClosed, MillstreamError
-from millstream.core.events import Computed, Emitted, Event, Finished, Preempted, Stepped, Submitted
+from millstream.core.events import Computed, Emitted, Event, Finished, Preempted, Prefilled, Stepped, Submitted
 from millstream.core.plan import Extend, Settled, StepPlan, StepResult, TokenLogprobs
 from millstream.core.registry import Choice
 from millstream.core.request import MAX_SEED, Kind, Limits, Prior, Request, SamplingParams, Tokens
@@ -59,6 +59,7 @@ class _Flight:
     ticket: Ticket
     plan: StepPlan
     epochs: list[int]
+    planning_s: float
 
 
 class Engine:
@@ -222,11 +223,13 @@ class Engine:
         if self._unready:
             self._open_gates()
         while len(self._flights) < self._plans:
-            plan = self.scheduler.plan(self.clock.now())
+            started = self.clock.now()
+            plan = self.scheduler.plan(started)
+            planning_s = self.clock.now() - started
             if plan is not None:
                 live = self.scheduler.live
                 epochs = [live[extend.seq].epoch for extend in plan.extends]
-                self._flights.append(_Flight(self.runner.launch(plan), plan, epochs))
+                self._flights.append(_Flight(self.runner.launch(plan), plan, epochs, planning_s))
                 self.max_running = max(self.max_running, self.scheduler.num_running)
             faults = self.scheduler.drain_faults()
             for seq, error in faults:
@@ -302,6 +305,7 @@ class Engine:
                 self.scheduler.num_waiting,
                 self.scheduler.num_running,
                 self.scheduler.ledger.free(),
+                flight.planning_s,
             )
         )
 
@@ -326,7 +330,8 @@ class Engine:
             seq.computed += settled.kept
             if settled.kept < count:
                 self.scheduler.ledger.rollback(seq, seq.computed)
-            self._tell(Computed(now, seq.view, extend.start, settled.kept))
+            told = Prefilled if count > 1 or extend.start < seq.num_prompt else Computed
+            self._tell(told(now, seq.view, extend.start, settled.kept))
         if extend.score is not None:
             self._place_scores(seq, extend, settled)
         if seq.state is State.RUNNING and current:

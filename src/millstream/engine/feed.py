@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, get_args
 
@@ -17,6 +17,12 @@ MAX_EVENTS = 65_536
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 T = TypeVar("T")
+
+
+def covered(kinds: Iterable[type[Event]]) -> frozenset[type[Event]]:
+    """The given kinds and those that are kinds of them; all, where none is given."""
+    asked = tuple(kinds)
+    return frozenset(kind for kind in KINDS.values() if not asked or issubclass(kind, asked))
 
 
 def still(event: Event) -> Event:
@@ -33,7 +39,7 @@ class Tap(Generic[T]):
     def __init__(
         self, kinds: tuple[type[Event], ...], keep: Callable[[Event], T], hand_on: Callable[[list[T]], None]
     ) -> None:
-        self._kinds = frozenset(kinds or KINDS.values())
+        self._kinds = covered(kinds)
         self._keep, self._hand_on = keep, hand_on
         self._kept: list[T] = []
 

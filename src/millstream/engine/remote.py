@@ -31,7 +31,7 @@ from millstream.core.request import MAX_SEED, Prior, Request
 from millstream.core.sequence import Finish
 from millstream.decode.protocol import DecodeMethod
 from millstream.engine import wire
-from millstream.engine.feed import KINDS, EventFeed
+from millstream.engine.feed import EventFeed, covered
 from millstream.text.tokenizer import Tokenizer
 
 RETRY_S = 0.05
@@ -250,7 +250,7 @@ class RemoteEngine:
 
     async def events(self, *kinds: type[Event]) -> AsyncIterator[Event]:
         feed = EventFeed()
-        self._feeds[feed] = frozenset(kinds or KINDS.values())
+        self._feeds[feed] = covered(kinds)
         self._watch()
         if self._closed:
             feed.close()

@@ -7,7 +7,7 @@ from harness import EOS, VOCAB, Bench
 
 from millstream.core.cache import CacheGroup, Keep
 from millstream.core.errors import BadRequest, UnknownName
-from millstream.core.events import Admitted, Computed, Emitted, Finished, Preempted, Stepped, Submitted
+from millstream.core.events import Admitted, Computed, Emitted, Finished, Preempted, Prefilled, Stepped, Submitted
 from millstream.core.plan import SampleAsk
 from millstream.core.registry import Choice
 from millstream.core.request import Kind, SamplingParams
@@ -309,7 +309,13 @@ def test_events_tell_each_request_in_order_and_every_token_once():
         kinds = [type(event) for event in own]
         assert kinds[0] is Submitted and kinds[-1] is Finished
         assert kinds.count(Submitted) == kinds.count(Admitted) == kinds.count(Finished) == 1
-        assert kinds.index(Admitted) < kinds.index(Computed) < kinds.index(Emitted)
+        assert kinds.index(Admitted) < kinds.index(Prefilled) < kinds.index(Emitted)
+        # A kind of Computed, for chunks; a token at a time is Computed and no more.
+        assert all(
+            (kind is Prefilled) == (event.tokens > 1 or event.start < 8)
+            for event, kind in zip(own, kinds, strict=True)
+            if isinstance(event, Computed)
+        )
         assert sum(event.tokens for event in own if isinstance(event, Emitted)) == 10
         assert [event.now for event in own] == sorted(event.now for event in own)
     steps = [event for event, _ in told if isinstance(event, Stepped)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import socket
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from millstream.core.client import Chunk, Load, ModelFacts, RequestMetrics, Usage
 from millstream.core.errors import BadRequest, EngineClosed, MillstreamError, RequestFault, UnknownName
-from millstream.core.events import Admitted, Computed, Emitted, Finished, Preempted, Stepped, Submitted
+from millstream.core.events import Admitted, Computed, Emitted, Finished, Preempted, Prefilled, Stepped, Submitted
 from millstream.core.plan import Logprob, TokenLogprobs
 from millstream.core.registry import Choice
 from millstream.core.request import Hints, Kind, Limits, Prior, Program, Request, SamplingParams, Slo, Tokens, Vectors
@@ -124,20 +125,20 @@ def test_events_arrive_with_views_as_they_were():
         Submitted(1.0, view),
         Admitted(2.0, view, 7),
         Computed(3.0, view, 4, 5),
+        Prefilled(3.0, view, 4, 5),
         Emitted(4.0, view, 1),
         Preempted(5.0, view, "swap"),
         Finished(6.0, view, Finish.LENGTH),
-        Stepped(7.0, 1, 0.25, 2, 3, 4, 5, 6, 7),
+        Stepped(7.0, 1, 0.25, 2, 3, 4, 5, 6, 7, 0.125),
     ]
     message = through(wire.Happened(tuple(map(wire.event_out, events))), wire.to_client)
     for event, sent in zip(events, message.events, strict=True):
         got = wire.event_in(sent, REQUEST)
         if not isinstance(event, Stepped):
             assert got.seq.snapshot() == still and got.seq.tenant == "t" and got.seq.gated
-            assert sent.seq.request_id == 41
-            assert {n: getattr(got, n) for n in got.__slots__ if n != "seq"} == {
-                n: getattr(event, n) for n in event.__slots__ if n != "seq"
-            }
+            assert sent.seq.request_id == 41 and type(got) is type(event)
+            names = [own.name for own in dataclasses.fields(event) if own.name != "seq"]
+            assert {n: getattr(got, n) for n in names} == {n: getattr(event, n) for n in names}
         else:
             assert got == event
     for broken in (
