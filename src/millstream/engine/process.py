@@ -19,6 +19,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from millstream.engine.thread import EngineThread
 BEAT_S = 0.25
 # With news, the load is told as often as this: admission control goes by it.
 SOON_S = 0.05
-HELLO_S = 5.0
+HELLO_S = 2.0
 MAX_CLIENTS = 16
 MAX_ASKS = 64
 # What a client may leave unread before it is taken for dead.
@@ -101,8 +102,9 @@ class EngineServer:
         self._facts = facts
         self.thread = EngineThread(engine, on_error=self._fail)
         self.thread.on_turn.append(self._turn)
-        for client in self._clients.values():
-            client.say(wire.Ready(facts))
+        for client in list(self._clients.values()):
+            if client.greeted:
+                client.say(wire.Ready(facts))
         self.beat()
 
     async def drain(self, timeout_s: float) -> bool:
@@ -207,6 +209,7 @@ class EngineServer:
             raise wire.WireError(f"the client speaks version {message.version}, this is {wire.VERSION}")
         if self._facts is not None:
             client.say(wire.Ready(self._facts))
+        self.beat()
 
     def _submit(self, client: _Client, message: wire.Submit) -> None:
         request_id = client.engine_id(message.id)
@@ -402,25 +405,7 @@ class _Client(asyncio.Protocol):
     def tell(self, chunks: list[Chunk]) -> None:
         """The chunks of one turn, under the client's own ids; in one frame wherever they fit."""
         base = self.number * wire.MAX_ID
-        own = tuple(
-            Chunk(
-                chunk.request_id - base,
-                chunk.index,
-                chunk.tokens,
-                chunk.logprobs,
-                chunk.prompt_logprobs,
-                chunk.vector,
-                chunk.finish,
-                chunk.stop_reason,
-                chunk.error,
-                chunk.usage,
-                chunk.metrics,
-                chunk.cumulative_logprob,
-                chunk.replaced,
-                chunk.stop_token,
-            )
-            for chunk in chunks
-        )
+        own = tuple(replace(chunk, request_id=chunk.request_id - base) for chunk in chunks)
         if self.gone:
             return
         try:

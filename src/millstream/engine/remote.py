@@ -110,11 +110,11 @@ class _Stream:
             output.ended = True
             self.left -= 1
             if self.losses and chunk.metrics is not None:
-                # The engine that ended it has not seen its beginning.
-                queue_s = chunk.metrics.queue_s
-                if queue_s is not None and self.first_s is not None:
-                    queue_s = min(queue_s, self.first_s)
-                changes["metrics"] = replace(chunk.metrics, ttft_s=self.first_s, queue_s=queue_s)
+                # The engine that ended it has not seen its beginning. All times by one clock, then: this process's.
+                queue_s, total_s = chunk.metrics.queue_s, now - self.arrived
+                if queue_s is not None:
+                    queue_s = min(queue_s, total_s if self.first_s is None else self.first_s)
+                changes["metrics"] = replace(chunk.metrics, queue_s=queue_s, ttft_s=self.first_s, total_s=total_s)
         self._put(replace(chunk, **changes) if changes else chunk)
 
     def end(self, reason: Finish, error: str | None = None) -> None:
