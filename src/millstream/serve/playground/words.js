@@ -1,0 +1,11 @@
+// Numbers and times as a reader likes them.
+
+export const number = (value, digits = 0) =>
+  Number(value).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+
+export function seconds(value) {
+  if (value < 0.0995) return `${number(value * 1000, value < 0.00995 ? 1 : 0)} ms`;
+  return `${number(value, value < 9.995 ? 2 : 1)} s`;
+}
+
+export const rate = (value) => number(value, value > 0 && value < 9.95 ? 1 : 0);
