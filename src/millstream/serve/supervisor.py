@@ -36,6 +36,8 @@ from millstream.engine import wire
 from millstream.engine.exits import HOPELESS, Exit, told
 
 CHECK_S = 0.25
+# An engine that was stopped itself finds all clients silent, until it has read what they said meanwhile.
+SILENT_BEATS = 3
 # What a process may take to end after it was told to, when nothing is left to finish.
 END_S = 5.0
 # What the API may take beyond its own time to drain: it counts from when it heard of it.
@@ -140,7 +142,7 @@ class Supervisor:
         self._health: Health | None = None
         self._was_loaded = False
         self._had_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-        self._api_silent: tuple[int, float] | None = None  # its process id, and since when nothing was heard of it
+        self._api_silent = 0  # beats in a row in which the engine had heard nothing of it for too long
         self._signals: asyncio.Queue[int] = asyncio.Queue()
         self._stopping = False
 
@@ -283,12 +285,9 @@ class Supervisor:
                 why = self._health.wrong(now) if self._health is not None and "engine" in self._children else None
                 if why is not None:
                     self._kill("engine", why)
-                api, silent = self._children.get("API"), self._api_silent
-                if api is not None and silent is not None and silent[0] == api.pid:
-                    quiet_s = now - silent[1]
-                    if quiet_s > self.config.silence_s:
-                        self._api_silent = None
-                        self._kill("API", f"no sign of life for {self.config.silence_s:g} s")
+                if self._api_silent >= SILENT_BEATS:
+                    self._api_silent = 0
+                    self._kill("API", f"no sign of life for {self.config.silence_s:g} s")
         finally:
             listening.cancel()
 
@@ -330,10 +329,10 @@ class Supervisor:
             self._health.beat(now, beat)
             self._was_loaded = self._was_loaded or self._health.loaded
         api = self._children.get("API")
-        self._api_silent = None
-        for pid, silent_s in beat.clients:
-            if api is not None and pid == api.pid:
-                self._api_silent = (pid, now - silent_s)
+        silent = any(
+            api is not None and pid == api.pid and silent_s > self.config.silence_s for pid, silent_s in beat.clients
+        )
+        self._api_silent = self._api_silent + 1 if silent else 0
 
 
 def _terminal_is_gone() -> bool:
