@@ -120,7 +120,7 @@ class Timelines:
         return timeline
 
     def ended(self, record: Record) -> None:
-        """The last word about a request: what its client saw of it."""
+        """What the client of a request saw of it. News of the engine about its end may still come."""
         timeline = self._kept.get(record.id)
         if timeline is None:
             return
@@ -136,13 +136,11 @@ class Timelines:
             "total_s": record.total_s,
             "preemptions": record.preemptions,
         }
-        for engine_id in timeline.engine_ids:
-            self._by_engine_id.pop(engine_id, None)
-        timeline.last.clear()
 
     def restarted(self) -> None:
         """The engine begins again: who was inside has that in their timeline."""
-        for timeline in self._by_engine_id.values():
+        inside = {timeline.id: timeline for timeline in self._by_engine_id.values() if timeline.ended is None}
+        for timeline in inside.values():
             self._add(timeline, {"what": "engine_restarted", "at_s": None})
 
     def hear(self, event: Event) -> None:

@@ -99,9 +99,7 @@ def test_what_is_kept_is_bounded_by_bytes():
         assert timelines.bytes <= 20_000
     kept = list(timelines._kept.values())
     assert 0 < len(kept) < 40 and timelines.bytes == sum(timeline.bytes for timeline in kept)
-    for call in bench.calls:
-        call.end(200)
-    assert not timelines._by_engine_id
+    assert len(timelines._by_engine_id) == len(kept), "what is let go is not found by another way either"
 
 
 def test_the_estimate_of_an_entry_is_no_less_than_what_it_takes():
@@ -180,3 +178,16 @@ def test_the_state_for_the_playground_holds_gauges_and_new_steps():
     # A page that outlived the server asks for steps that never were.
     assert len(playground_state(bench.watched, bench.engine.load(), True, 99)["steps"]) == 1
     assert not playground_state(bench.watched, None, True, 0)["ready"]
+
+
+def test_news_of_the_engine_that_come_after_the_end_are_kept():
+    bench = WatchedBench()
+    late = []
+    bench.engine.listeners[:] = [late.append]
+    call = bench.begin([1, 2, 3], 2)
+    bench.run()
+    call.end(200)
+    for event in late:
+        bench.watched.hear(event)
+    told = entries(bench, call)
+    assert told[-1]["what"] == "finished" and [entry["what"] for entry in told].count("decode") == 1

@@ -45,7 +45,7 @@ async function told(answer) {
   return wait ? `${message} Try again in ${wait} s.` : message;
 }
 
-// The data of a stream of server-sent events, one parsed object at a time, until [DONE] or its end.
+// The data of a stream of server-sent events, one parsed object at a time. It is read to its end, also after [DONE].
 export async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -60,7 +60,7 @@ export async function* events(answer) {
         const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:"))
           .map((line) => line.slice(5).trimStart()).join("\n");
         if (!data) continue;
-        if (data === "[DONE]") return;
+        if (data === "[DONE]") continue;
         yield JSON.parse(data);
       }
     }

@@ -119,8 +119,10 @@ async function answer() {
   const started = performance.now();
   const took = { id: "", ttft: null, rate: null, usage: null, finish: "", content: "" };
   let first = null, last = null, pieces = 0, fault = "", thought = "", painting = false;
+  let over = false;
   const paint = () => {
     painting = false;
+    if (over) return;
     following(() => {
       render(view.text, took.content);
       if (thought) { view.thinking.hidden = false; view.thought.textContent = thought; }
@@ -162,7 +164,7 @@ async function answer() {
   const tokens = took.usage?.completion_tokens ?? pieces;
   if (first !== null) took.ttft = (first - started) / 1000;
   if (tokens > 1 && last > first) took.rate = (tokens - 1) / (last - first) * 1000;
-  painting = true; // a frame that was asked for has nothing left to paint
+  over = true; // a frame that was asked for has nothing left to paint
   following(() => {
     view.turn.classList.remove("busy");
     render(view.text, took.content);

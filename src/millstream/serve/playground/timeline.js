@@ -1,15 +1,15 @@
 // Why an answer took as long as it did: its queue, chunks, preemptions and decoding, as the server kept them.
 
 import { call } from "./api.js";
-import { number, seconds } from "./words.js";
+import { count, number, seconds } from "./words.js";
 
 const find = (id) => document.getElementById(id);
 
 const told = {
-  queued: (entry) => `${number(entry.prompt_tokens)} prompt tokens`,
-  admitted: (entry) => entry.cached_tokens ? `${number(entry.cached_tokens)} tokens found in the cache` : "nothing found in the cache",
-  prefill: (entry) => `${number(entry.tokens)} tokens from position ${number(entry.start)}`,
-  decode: (entry) => `${number(entry.tokens)} tokens until ${seconds(entry.until_s)}, longest gap ${seconds(entry.longest_gap_s)}`,
+  queued: (entry) => count(entry.prompt_tokens, "prompt token"),
+  admitted: (entry) => entry.cached_tokens ? `${count(entry.cached_tokens, "token")} found in the cache` : "nothing found in the cache",
+  prefill: (entry) => `${count(entry.tokens, "token")} from position ${number(entry.start)}`,
+  decode: (entry) => `${count(entry.tokens, "token")} until ${seconds(entry.until_s)}, longest gap ${seconds(entry.longest_gap_s)}`,
   preempted: (entry) => `lost its place, to ${entry.how}`,
   finished: (entry) => entry.reason,
 };
@@ -54,12 +54,13 @@ export async function showTimeline(id) {
   const dialog = find("timeline"), rows = find("timeline-rows");
   rows.replaceChildren();
   find("timeline-chart").replaceChildren();
-  find("timeline-id").textContent = id;
+  find("timeline-id").textContent = `${id} …`;
   dialog.showModal();
   try {
     const timeline = await (await call(`v1/requests/${encodeURIComponent(id)}/timeline`)).json();
     draw(timeline.entries);
     rows.append(...timeline.entries.map(row));
+    find("timeline-id").textContent = id;
     if (timeline.dropped_entries) find("timeline-id").textContent = `${id} (${number(timeline.dropped_entries)} entries were not kept)`;
   } catch (error) {
     find("timeline-id").textContent = `${id}: ${error.message}`;
