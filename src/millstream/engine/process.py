@@ -29,6 +29,7 @@ from millstream.config.schema import EngineConfig
 from millstream.core.client import Chunk, Load, ModelFacts
 from millstream.core.clock import Clock, WallClock
 from millstream.core.errors import (
+    BadFile,
     ConfigError,
     DownloadError,
     EngineClosed,
@@ -53,6 +54,7 @@ MAX_CLIENTS = 16
 MAX_ASKS = 64
 # What a client may leave unread before it is taken for dead.
 MAX_UNREAD = 64 << 20
+SWITCH_S = 0.0005
 # A step that does not end is not waited for longer when the process is to end.
 CLOSE_S = 5.0
 _POLL_S = 0.01
@@ -435,7 +437,10 @@ class _Client(asyncio.Protocol):
 
 def make_from(file: Path) -> tuple[Engine, ModelFacts]:
     """The engine that a config file describes. Raises as `assemble` does."""
-    tree = read_file(file)
+    try:
+        tree = read_file(file)
+    except BadFile as error:
+        raise ConfigError(str(error)) from None
     model = tree.get("model")
     if not isinstance(model, str) or not model:
         raise ConfigError(f"{file}: model is {model!r}, allowed is a model's name or path")
@@ -523,6 +528,8 @@ def main(argv: Sequence[str] | None = None, make: Callable[[Path], tuple[Engine,
     parser.add_argument("--drain-s", type=float, default=30.0, help="seconds that a stop may take (default 30)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # Of two threads that both have work, the one that talks to clients must not wait for the other's whole turn.
+    sys.setswitchinterval(SWITCH_S)
     if args.parent is not None and not die_with_parent(args.parent):
         return Exit.ORPHANED
     return int(asyncio.run(serve(args.socket, partial(make, args.config), args.parent, args.drain_s)))
