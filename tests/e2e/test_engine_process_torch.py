@@ -34,6 +34,10 @@ bytes = "32MB"
 [engine.sched]
 step_tokens = 64
 
+[engine.runner]
+ops = "ref"
+attention = "torch-ref"
+
 [serve]
 anything = "is for others"
 """

@@ -49,6 +49,7 @@ class Tap(Generic[T]):
 
     def close(self, listeners: list[Callable[[Event], None]], on_turn: list[Callable[[], None]]) -> None:
         if self._hear in listeners:
+            self._flush()
             listeners.remove(self._hear)
             on_turn.remove(self._flush)
 

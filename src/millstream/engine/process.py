@@ -121,6 +121,8 @@ class EngineServer:
         return True
 
     async def close(self) -> None:
+        # What is inside now is not told of an end: another engine may take it up.
+        self._broken = True
         if self._server is not None:
             self._server.close()
             # Another process may have taken the place over.
@@ -175,7 +177,7 @@ class EngineServer:
         for request_id in client.inside:
             self.give_up(request_id)
         if client.tap is not None:
-            self._listen(client.tap.close)
+            self._listen(client.tap, None)
         client.inside.clear()
 
     def give_up(self, request_id: int) -> None:
@@ -238,18 +240,24 @@ class EngineServer:
             raise wire.WireError(f"there is no event {error}") from None
         if self.thread is None:
             raise wire.WireError("events of an engine that is not there yet")
-        if client.tap is not None:
-            self._listen(client.tap.close)
-            client.tap = None
-        if kinds:
-            client.tap = Tap(kinds, wire.event_out, partial(self._happened, client))
-            self._listen(client.tap.open)
+        before = client.tap
+        client.tap = Tap(kinds, wire.event_out, partial(self._happened, client)) if kinds else None
+        self._listen(before, client.tap)
 
-    def _listen(self, change: Callable[[list[Any], list[Any]], None]) -> None:
-        assert self.thread is not None
+    def _listen(self, before: Tap[wire.WireEvent] | None, after: Tap[wire.WireEvent] | None) -> None:
+        """At once, so that no event falls between the two."""
+        if self.thread is None:
+            return
         engine, on_turn = self.thread.engine, self.thread.on_turn
+
+        def change() -> None:
+            if before is not None:
+                before.close(engine.listeners, on_turn)
+            if after is not None:
+                after.open(engine.listeners, on_turn)
+
         with contextlib.suppress(EngineClosed):
-            self.thread.post(lambda: change(engine.listeners, on_turn))
+            self.thread.post(change)
 
     def _ask(self, client: _Client, message: wire.Ask) -> None:
         if client.asking >= MAX_ASKS:

@@ -363,7 +363,7 @@ class RemoteEngine:
             self._say(stream.message(time.monotonic()))
             stream.sent_on = self._link
         except wire.WireError as error:
-            stream.fail(BadRequest("prompt", f"{stream.request.num_prompt} tokens", f"what fits a message: {error}"))
+            stream.fail(BadRequest("request", "something that cannot be sent to the engine", f"what can be: {error}"))
 
     def _watch_deadline(self, stream: _Stream, delay_s: float) -> None:
         def late() -> None:

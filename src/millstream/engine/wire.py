@@ -218,9 +218,13 @@ T = TypeVar("T")
 
 
 def frame(message: ToEngine | ToClient, limit: int) -> bytes:
-    """A message as it goes over the socket. Raises WireError when it is longer than `limit` bytes."""
+    """A message as it goes over the socket. Raises WireError when it cannot be said, or not in `limit` bytes."""
     out = bytearray(_LENGTH.size)
-    _encoder.encode_into(message, out, _LENGTH.size)
+    try:
+        _encoder.encode_into(message, out, _LENGTH.size)
+    except Exception as error:
+        # Integers of more than 64 bits, half of a surrogate pair, an object of no plain kind.
+        raise WireError(f"cannot be said in MessagePack: {error}") from None
     length = len(out) - _LENGTH.size
     if length > limit:
         raise WireError(f"a message of {length} bytes, allowed are {limit}")

@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -20,9 +21,9 @@ from null_process import VOCABULARY, make_null
 
 from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest, EngineAway, EngineClosed, MillstreamError
-from millstream.core.events import Admitted, Computed, Emitted, Finished, Stepped, Submitted
+from millstream.core.events import Admitted, Computed, Emitted, Finished, Prefilled, Stepped, Submitted
 from millstream.core.registry import Choice
-from millstream.core.request import Request, SamplingParams, Slo, Tokens
+from millstream.core.request import Program, Request, SamplingParams, Slo, Tokens
 from millstream.core.sequence import Finish
 from millstream.engine import wire
 from millstream.engine.exits import Exit
@@ -225,9 +226,8 @@ def test_bad_requests_are_refused_here_and_by_the_engine(engine):
             with pytest.raises(MillstreamError, match="nearest is 'beam'"):
                 await anext(remote.submit(asked(remote, decode=Choice("beem"))))
             # What only the engine can find out reaches the iterator too.
-            facts = remote._facts
-            remote._facts = msgspec.structs.replace(facts) if isinstance(facts, msgspec.Struct) else facts
-            object.__setattr__(remote._facts, "limits", SpaciousLimits(facts.limits))
+            limits = remote._facts.limits
+            remote._facts = replace(remote._facts, limits=replace(limits, vocab_size=10_000))
             heard = await hear(remote, asked(remote, prompt=(99,)))
             assert isinstance(heard.error, BadRequest) and "prompt: got 99" in str(heard.error)
             assert len((await hear(remote, asked(remote, prompt=(1,)))).tokens()) == 20
@@ -235,8 +235,17 @@ def test_bad_requests_are_refused_here_and_by_the_engine(engine):
     run(main)
 
 
-def SpaciousLimits(limits):
-    return type(limits)(10_000, limits.max_context, limits.kv_tokens)
+@pytest.mark.parametrize("what", [{"tenant": "half a \ud800 pair"}, {"program": Program("p", 2**70)}])
+def test_what_cannot_be_said_over_a_socket_is_a_bad_request(engine, what):
+    process = engine()
+
+    async def main():
+        async with client(process) as remote:
+            heard = await hear(remote, replace(asked(remote), **what))
+            assert isinstance(heard.error, BadRequest) and "MessagePack" in str(heard.error)
+            assert len((await hear(remote, asked(remote))).tokens()) == 20 and remote.losses == 0
+
+    run(main)
 
 
 def test_calls_answer_and_pass_errors_on(engine):
@@ -275,7 +284,7 @@ def test_events_tell_the_story_of_each_request(engine):
             await hear(remote, request)
             await until(lambda: ends and any(isinstance(e, Stepped) and e.running == 0 for e in heard), "all events")
             own = [event for event in heard if not isinstance(event, Stepped)]
-            assert [type(event) for event in own[:3]] == [Submitted, Admitted, Computed]
+            assert [type(event) for event in own[:3]] == [Submitted, Admitted, Prefilled]
             assert all(e.seq.request_id == request.id and e.seq.tenant == "mill" for e in own)
             assert [e.seq.computed for e in own if isinstance(e, Computed)][:2] == [4, 7]
             assert sum(e.tokens for e in own if isinstance(e, Emitted)) == 5

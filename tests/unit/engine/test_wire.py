@@ -124,7 +124,8 @@ def test_events_arrive_with_views_as_they_were():
     events = [
         Submitted(1.0, view),
         Admitted(2.0, view, 7),
-        Computed(3.0, view, 4, 5),
+        Computed(3.0, view, 4, 1),
+        Prefilled(3.5, view, 4, 5),
         Prefilled(3.0, view, 4, 5),
         Emitted(4.0, view, 1),
         Preempted(5.0, view, "swap"),
