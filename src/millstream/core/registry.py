@@ -37,6 +37,7 @@ POINTS: Mapping[str, str] = {
     "logits": "millstream.decode.logits",
     "observer": "millstream.decode.observers",
     "attention": "millstream.ops.attention",
+    "tools": "millstream.text.tools.formats",
     "experiment": "millstream.reproduce",
 }
 

@@ -19,6 +19,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
 MAX_SECONDS = 1e9
 MAX_STRUCTURED_CHARS = 1 << 18
+MAX_LEAD_CHARS = 1024
 
 
 def _integer(param: str, got: object, low: int, high: int) -> None:
@@ -74,14 +75,15 @@ class Structured:
 
     `text` is, by `kind`: nothing (json_object: any JSON object), a JSON Schema (json_schema), a regular expression that
     the whole output matches (regex), a JSON list of strings (choice), a Lark or GBNF grammar (grammar). With `strict` a
-    keyword of a schema that cannot be enforced is refused, without it such keywords are passed over. What the text says
-    is checked where it is compiled (`text/grammar`). Raises BadRequest for an unknown kind, and a text that is empty or
-    too long.
+    keyword of a schema that cannot be enforced is refused, without it such keywords are passed over. `lead` is the body
+    of a Lark rule for what may come before, such as thinking. What the texts say is checked where they are compiled
+    (`text/grammar`). Raises BadRequest for an unknown kind, and a text that is empty or too long.
     """
 
     kind: str
     text: str = ""
     strict: bool = True
+    lead: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in STRUCTURED_KINDS:
@@ -90,6 +92,8 @@ class Structured:
             raise BadRequest("structured.strict", self.strict, "true or false")
         if not isinstance(self.text, str):
             raise BadRequest(f"structured.{self.kind}", self.text, "a text")
+        if not isinstance(self.lead, str) or len(self.lead) > MAX_LEAD_CHARS:
+            raise BadRequest("structured.lead", self.lead, f"a text of at most {MAX_LEAD_CHARS} characters")
         if self.kind == "json_object":
             object.__setattr__(self, "text", "")
         elif not self.text:

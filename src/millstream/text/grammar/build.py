@@ -112,6 +112,16 @@ def raise_error(matcher: Matcher) -> None:
 
 
 def _source(structured: Structured) -> str:
+    body = _body(structured)
+    if not structured.lead:
+        return body
+    # Lark it leaves as it is.
+    grammars = json.loads(body)["grammars"] if body.startswith("{") else [{"lark_grammar": body}]
+    whole = {"lark_grammar": f"%llguidance {{}}\nstart: lead @body\nlead: {structured.lead}\n"}
+    return json.dumps({"grammars": [whole, {**grammars[0], "name": "body"}, *grammars[1:]]})
+
+
+def _body(structured: Structured) -> str:
     from llguidance import LLMatcher
 
     kind, text = structured.kind, structured.text

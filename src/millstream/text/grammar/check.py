@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from millstream.core.errors import MillstreamError
@@ -41,7 +42,7 @@ def checked(structured: Structured) -> Structured:
         if len(structured.text) > MAX_REGEX_CHARS:
             raise Refused(f"{len(structured.text)} characters", f"at most {MAX_REGEX_CHARS}")
     elif structured.kind == "grammar" and "::=" in structured.text:
-        return Structured("grammar", _lark(structured.text), structured.strict)
+        return replace(structured, text=_lark(structured.text))
     return structured
 
 
@@ -67,6 +68,21 @@ def check_schema(schema: Any) -> None:
                 left.append((item, _role(role, key), depth + 1, f"{path}.{key}"))
         elif isinstance(value, list):
             left += ((item, role, depth + 1, f"{path}[{i}]") for i, item in enumerate(value))
+
+
+def without_patterns(text: str) -> str:
+    """A schema that has passed `checked`, without its patterns of strings."""
+    schema = json.loads(text)
+    left: list[tuple[Any, str]] = [(schema, "schema")]
+    while left:
+        value, role = left.pop()
+        if isinstance(value, dict):
+            if role == "schema":
+                value.pop("pattern", None)
+            left += ((item, _role(role, key)) for key, item in value.items())
+        elif isinstance(value, list):
+            left += ((item, role) for item in value)
+    return json.dumps(schema, ensure_ascii=False)
 
 
 def _role(role: str, key: str) -> str:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -159,7 +159,7 @@ class GrammarCompiler:
             raise BadRequest(param, Told(verdict.got), verdict.allowed)
         if verdict.text == structured.text:
             return Compiled(structured, verdict.warnings)
-        return Compiled(Structured(structured.kind, verdict.text, structured.strict), verdict.warnings)
+        return Compiled(replace(structured, text=verdict.text), verdict.warnings)
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._thread is None:
@@ -194,7 +194,9 @@ class GrammarCompiler:
     def _try(self, structured: Structured) -> Verdict:
         worker = self._started()
         try:
-            return worker.ask(Ask(structured.kind, structured.text, structured.strict), self.limits.time_s)
+            return worker.ask(
+                Ask(structured.kind, structured.text, structured.strict, structured.lead), self.limits.time_s
+            )
         except TimeoutError:
             self._end(worker)
             self.timeouts += 1

@@ -23,6 +23,7 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     kind: str
     text: str
     strict: bool
+    lead: str = ""
 
 
 class Verdict(msgspec.Struct, frozen=True):

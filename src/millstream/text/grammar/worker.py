@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -18,7 +20,7 @@ import msgspec
 from millstream.core.errors import BadRequest
 from millstream.core.request import Structured
 from millstream.text.grammar.build import BadGrammar, build, make_tokenizer, raise_error
-from millstream.text.grammar.check import Refused, checked
+from millstream.text.grammar.check import Refused, checked, without_patterns
 from millstream.text.grammar.wire import Ask, Tokens, Verdict, frame, read_frame
 from millstream.text.vocabulary import Vocabulary
 
@@ -54,13 +56,15 @@ def main(time_s: float, memory_bytes: int) -> None:
 def judge(tokenizer: Any, ask: Ask) -> Verdict:
     """Compiles a grammar as the engine will, up to the first mask."""
     try:
-        structured = checked(Structured(ask.kind, ask.text, ask.strict))
-        matcher = build(tokenizer, structured)
-        matcher.compute_bitmask()
-        raise_error(matcher)
-        if structured.kind == "json_object":
-            return Verdict(structured.text)
-        return Verdict(structured.text, tuple(warning[:200] for warning in matcher.get_grammar_warnings()[:8]))
+        structured = checked(Structured(ask.kind, ask.text, ask.strict, ask.lead))
+        try:
+            return _taken(tokenizer, structured)
+        except BadGrammar as error:
+            if structured.kind != "json_schema" or structured.strict or not _LOOKS_AROUND.search(str(error)):
+                raise
+            # Patterns were not asked to be kept to the letter, and these no automaton can.
+            verdict = _taken(tokenizer, replace(structured, text=without_patterns(structured.text)))
+            return msgspec.structs.replace(verdict, warnings=("pattern is not enforced", *verdict.warnings[:7]))
     except Refused as error:
         return Verdict(got=error.got, allowed=error.allowed)
     except BadRequest as error:
@@ -69,6 +73,18 @@ def judge(tokenizer: Any, ask: Ask) -> Verdict:
         return Verdict(got=_named(str(error)) if ask.kind == "json_schema" else str(error), allowed=_ALLOWED[ask.kind])
     except (MemoryError, RecursionError):
         return Verdict(got=f"a {ask.kind} that takes too much memory", allowed="a simpler one")
+
+
+_LOOKS_AROUND = re.compile(r"look-?around|look-?ahead|look-?behind|backreference", re.IGNORECASE)
+
+
+def _taken(tokenizer: Any, structured: Structured) -> Verdict:
+    matcher = build(tokenizer, structured)
+    matcher.compute_bitmask()
+    raise_error(matcher)
+    if structured.kind == "json_object":
+        return Verdict(structured.text)
+    return Verdict(structured.text, tuple(warning[:200] for warning in matcher.get_grammar_warnings()[:8]))
 
 
 # How llguidance's errors begin that do not say which keyword they are about.
