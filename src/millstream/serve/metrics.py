@@ -83,7 +83,10 @@ class Metrics:
         self.model_name = model_name
         self.base = {"model_name": model_name, "engine": engine}
         self.families: list[Family] = []
+        # Sums and levels of parts of the API process, asked when the text is made. Names come from code.
+        self.sources: list[Callable[[], Mapping[str, float]]] = []
         self._tally = _Tally()
+        self._kv_total_bytes = 0
         self._tokens = token_bounds(max_context)
         self._declare_engine()
         self._declare_requests()
@@ -157,6 +160,11 @@ class Metrics:
         self.cache_moves = self._counter(
             "kv_block_moves", "KV blocks evicted, copied, deduplicated, distrusted, swapped_out, swapped_in.", "kind"
         )
+        self.kv_bytes = self._gauge("kv_bytes", "Bytes of the KV cache, by tier: in use, and in all.", "tier", "state")
+        self.part_counters = self._counter(
+            "part_counters", "What parts and plug-ins of the engine and the API count themselves.", "name"
+        )
+        self.part_levels = self._gauge("part_levels", "What their caches hold, in items and bytes.", "name")
         self.step_seconds = self._histogram("step_seconds", "Seconds of one forward pass.", STEP_S)
         self.plan_seconds = self._histogram("step_plan_seconds", "Seconds to plan one step on the host.", STEP_S)
         self.step_tokens = self._histogram(
@@ -364,6 +372,8 @@ class Metrics:
         self.kv_blocks.set(used, "used")
         self.kv_blocks.set(idle, "prefix")
         self.kv_blocks.set(max(0, load.free_blocks - idle), "free")
+        if self._kv_total_bytes and load.total_blocks:
+            self.kv_bytes.set(self._kv_total_bytes * used / load.total_blocks, "device", "used")
         self._tally.update({name: value for name, value in load.counters.items() if name not in _LEVELS})
 
     def restarted(self) -> None:
@@ -373,8 +383,10 @@ class Metrics:
         self.running.set(0)
         self.waiting.set(0)
 
-    def describe_cache(self, **info: object) -> None:
-        """The settings of the cache, as the labels of an info series."""
+    def describe_cache(self, kv_bytes: int = 0, **info: object) -> None:
+        """The settings of the cache, as the labels of an info series; `kv_bytes` is what it takes on the device."""
+        self._kv_total_bytes = kv_bytes
+        self.kv_bytes.set(kv_bytes, "device", "total")
         named = {name: str(value) for name, value in sorted(info.items())}
         self.cache_info = Gauge(
             "millstream_cache_config_info", "1; settings of the cache, in its labels.", tuple(named),
@@ -398,8 +410,15 @@ class Metrics:
         self.prefix_hits.values[()] = sums.get("prefix_hit_tokens", 0.0)
         self.corrupted.values[()] = sums.get("corrupted_requests", 0.0)
         self.cold_retries.values[()] = sums.get("cold_retries", 0.0)
-        for kind in ("evicted", "copied", "deduplicated", "distrusted", "swapped_out", "swapped_in"):
+        for kind in _MOVES:
             self.cache_moves.values[(kind,)] = sums.get(f"{kind}_blocks", 0.0)
+        for name, value in sums.items():
+            if name not in _OWN_FAMILY:
+                self.part_counters.values[(name,)] = value
+        for source in self.sources:
+            for name, value in source().items():
+                holds = name.endswith(("_items", "_bytes"))
+                (self.part_levels if holds else self.part_counters).values[(name,)] = value
         for family in [*self.families, *([self.cache_info] if self.cache_info else [])]:
             yield from family.collect()
 
@@ -411,3 +430,7 @@ class Metrics:
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"})
 # Of the engine's counters, those that are levels and not sums.
 _LEVELS = frozenset({"idle_blocks", "used_blocks", "holders"})
+_MOVES = ("evicted", "copied", "deduplicated", "distrusted", "swapped_out", "swapped_in")
+_OWN_FAMILY = frozenset(
+    {"prefix_query_tokens", "prefix_hit_tokens", "corrupted_requests", "cold_retries", *(f"{m}_blocks" for m in _MOVES)}
+)

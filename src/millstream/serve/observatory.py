@@ -205,8 +205,8 @@ class Observatory:
             block_size=facts.block_size,
             num_gpu_blocks=facts.total_blocks,
             cache_dtype=facts.dtype,
-            kv_bytes=facts.kv_bytes,
             weight_bytes=facts.weight_bytes,
+            kv_bytes=facts.kv_bytes,
         )
 
     def watch(self, client: EngineClient) -> None:

@@ -301,3 +301,14 @@ def test_the_event_loop_is_probed():
     asyncio.run(probe())
     assert metrics.loop_lag.count() >= 1
     assert metrics.loop_lag.sum() == pytest.approx(0.1 * metrics.loop_lag.count())
+
+
+def test_what_parts_count_themselves_is_there_under_their_names():
+    metrics = Metrics("tiny", process=False)
+    metrics.describe_cache(kv_bytes=1000, block_size=16)
+    metrics.loaded(Load(0, 0, 6, 10, {"guide_cache_hits": 3, "prefix_hit_tokens": 9}))
+    metrics.sources.append(lambda: {"grammar_refused": 2, "grammar_cache_bytes": 77})
+    families_of(metrics)
+    assert metrics.part_counters.values == {("guide_cache_hits",): 3, ("grammar_refused",): 2}
+    assert metrics.part_levels.value("grammar_cache_bytes") == 77
+    assert metrics.kv_bytes.value("device", "used") == 400 and metrics.kv_bytes.value("device", "total") == 1000
