@@ -31,7 +31,7 @@ class MessageEvents:
         self._calls = 0
 
     def start(self, prompt_tokens: int, cached_tokens: int) -> list[Event]:
-        message = {
+        message: dict[str, Any] = {
             "id": self.id,
             "type": "message",
             "role": "assistant",

@@ -169,6 +169,7 @@ class ResponseEvents:
             return []
         text = "".join(self._text)
         out: list[Event] = []
+        part: Item
         if item["type"] == "function_call":
             out.append(self._at("response.function_call_arguments.done", arguments=text, name=item["name"]))
             item |= {"arguments": text, "status": status}
