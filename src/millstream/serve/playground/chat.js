@@ -41,7 +41,7 @@ function render(node, text) {
       node.append(pre);
       return;
     }
-    const plain = place ? part.replace(/^\n/, "") : part;
+    const plain = place ? part.replace(/^\n+/, "") : part;
     for (const piece of plain.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/)) {
       if (/^`.+`$/.test(piece)) node.append(make("code", "", piece.slice(1, -1)));
       else if (/^\*\*.+\*\*$/.test(piece)) node.append(make("strong", "", piece.slice(2, -2)));

@@ -46,7 +46,7 @@ function draw() {
     chart.append(svg("text", { class: "axis", x: LEFT - 6, y: y + 3.5, "text-anchor": "end" }, number(value)));
   }
   if (!shown.length) {
-    chart.append(svg("text", { class: "none", x: LEFT + (width - LEFT) / 2, y: TOP + tall / 2, "text-anchor": "middle" }, "No steps yet"));
+    chart.append(svg("text", { class: "none", x: LEFT + (width - LEFT) / 2, y: TOP + tall / 2 - 8, "text-anchor": "middle" }, "No steps yet"));
     return;
   }
   const from = width - shown.length * (BAR + GAP);
@@ -58,7 +58,6 @@ function draw() {
     bar.append(svg("rect", { class: "hover", x: x - GAP / 2, y: TOP, width: BAR + GAP, height: tall }));
     if (decode) bar.append(svg("rect", { class: "decode", x, y: low - decode, width: BAR, height: decode }));
     if (prefill) bar.append(svg("rect", { class: "prefill", x, y: low - decode - prefill, width: BAR, height: prefill }));
-    bar.dataset.n = step.n;
     chart.append(bar);
   });
   chart.append(svg("text", { class: "axis", x: from, y: height - 3, "text-anchor": from < LEFT + 40 ? "start" : "middle" }, `#${number(shown[0].n)}`));
@@ -131,14 +130,19 @@ async function burst() {
 export function start(given) {
   listeners = given;
   const chart = find("chart");
-  const point = (event) => {
-    const bar = event.target.closest?.("g.bar");
-    pointed = bar ? Number(bar.dataset.n) : null;
+  const point = (n) => {
+    if (n === pointed) return;
+    pointed = n;
     draw();
   };
-  chart.addEventListener("pointermove", point);
-  chart.addEventListener("pointerdown", point);
-  chart.addEventListener("pointerleave", () => { pointed = null; draw(); });
+  // By where the pointer is and not by what lies under it: short bars are hard to hit, and all are drawn anew all the time.
+  const follow = (event) => {
+    const box = chart.getBoundingClientRect(), back = Math.floor((box.right - event.clientX) / (BAR + GAP));
+    point(event.clientX - box.left < LEFT ? null : steps.at(-1 - back)?.n ?? null);
+  };
+  chart.addEventListener("pointermove", follow);
+  chart.addEventListener("pointerdown", follow);
+  chart.addEventListener("pointerleave", () => point(null));
   new ResizeObserver(draw).observe(chart);
   find("burst").addEventListener("click", burst);
   document.addEventListener("visibilitychange", () => { if (!document.hidden) draw(); });
