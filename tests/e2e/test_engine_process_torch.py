@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_cli import build_model
 
-from millstream.core.request import Request, SamplingParams, Tokens
+from millstream.core.request import Request, SamplingParams, Structured, Tokens
 from millstream.core.sequence import Finish
 from millstream.engine.exits import Exit
 from millstream.engine.outputs import OutputBuilder, RequestOutput
@@ -23,6 +23,12 @@ WAIT_S = 60.0
 ASKED: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0, "repetition_penalty": 1.2},
     "sampled": {"temperature": 1.0, "seed": 3, "n": 2, "frequency_penalty": 0.5, "logprobs": 2},
+    "a grammar": {
+        "temperature": 1.0,
+        "seed": 4,
+        "n": 2,
+        "structured": Structured("regex", r"[a-z]{3}( [a-z]{2,7}){12}"),
+    },
     "stops": {"temperature": 1.2, "seed": 9, "n": 3, "stop": ["e", "xy", "q"]},
 }
 CONFIG = """

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import pathlib
 import socket
 import stat
 import struct
+import subprocess
+import sys
+import tempfile
 
 import msgspec
 import pytest
@@ -262,6 +266,30 @@ def test_a_folder_that_others_can_enter_is_refused(tmp_path):
     open_folder.chmod(0o755)
     with pytest.raises(PermissionError, match="0700"):
         wire.listen(open_folder / "engine.sock")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_connection_from_another_user_is_refused_by_the_system_and_then_by_us():
+    """In a folder of its own: the parents of pytest's are closed to others."""
+    with tempfile.TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        path = pathlib.Path(base) / "run" / "engine.sock"
+        server = wire.listen(path)
+
+        def visit() -> int:
+            """What a process of another user meets."""
+            code = f"import os, socket; os.setuid(65534); socket.socket(socket.AF_UNIX).connect({str(path)!r})"
+            return subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL, timeout=30).returncode
+
+        assert visit() != 0, "the folder keeps it out"
+        path.parent.chmod(0o755)
+        assert visit() != 0, "so does the socket's own mode"
+        path.chmod(0o666)
+        assert visit() == 0
+        accepted, _ = server.accept()
+        assert not wire.peer_is_us(accepted), "and the system says whose it is"
+        accepted.close()
+        server.close()
 
 
 def test_another_users_process_is_not_us(monkeypatch):
