@@ -11,7 +11,7 @@ import math
 import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,11 +24,17 @@ from millstream.core.events import Event
 from millstream.core.registry import Choice
 from millstream.core.request import Kind, Request, SamplingParams, Tokens
 from millstream.engine.assemble import Assembled, assemble, facts_of
-from millstream.engine.outputs import OutputBuilder, RequestOutput, ScoreOutput
+from millstream.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, ScoreOutput
 from millstream.engine.thread import AsyncEngine, EngineThread
 from millstream.text.chat import ChatTemplate, encode_chat, template_of
 from millstream.text.grammar.compiler import GrammarCompiler
+from millstream.text.reasoning import opened_by
 from millstream.text.tokenizer import Tokenizer
+from millstream.text.tools import plan
+from millstream.text.tools.asked import toolbox_of
+from millstream.text.tools.output import OutputReader
+from millstream.text.tools.plan import Ask, Dialect, Guided, dialect_of
+from millstream.text.tools.protocol import Toolbox, Whole
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
@@ -159,6 +165,25 @@ class _Front:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How the outputs of one chat are read."""
+
+    dialect: Dialect
+    toolbox: Toolbox
+    opened: bool
+    certain: bool
+
+    def tell_apart(self, out: CompletionOutput) -> None:
+        found, reader = Whole(), self.reader()
+        found.add(reader.push(out.text))
+        found.add(reader.finish())
+        out.text, out.reasoning, out.tool_calls = found.content, found.reasoning, found.calls
+
+    def reader(self) -> OutputReader:
+        return plan.reader_of(self.dialect, self.toolbox, self.opened, self.certain)
+
+
 class LLM(_Front):
     """A model to call from ordinary code. Options are those of the config tree, for example
     `LLM("smollm2-135m", max_context=2048, cache={"bytes": "1GiB"}, sched={"policies": ["fcfs"]})`.
@@ -190,15 +215,48 @@ class LLM(_Front):
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
+        parallel_tool_calls: bool = True,
         progress: Progress | None = None,
         **given: Any,
     ) -> list[RequestOutput]:
-        """Answers to one chat (a list of messages) or several. Raises BadRequest, also for a model without template."""
+        """Answers to one chat (a list of messages) or several. Raises BadRequest, also for a model without template.
+
+        `tools` are functions as in OpenAI's API, for all chats or a list for each; with them an output has
+        `tool_calls`. A structured answer of a model that thinks may have its thinking before it.
+        """
         if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
             raise BadRequest("messages", messages, "a list of messages such as {'role': 'user', 'content': 'Hello'}")
         chats: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prepared = [(None, self.chat_ids(chat, chat_template, add_generation_prompt)) for chat in chats]
-        return self._run(prepared, self._params(sampling_params, len(chats)), progress, given)
+        each = bool(tools) and tools is not None and not isinstance(tools[0], Mapping)
+        boxes = [toolbox_of(own, tool_choice, parallel_tool_calls) for own in (tools or [] if each else [tools])]
+        boxes = boxes if each else boxes * len(chats)
+        if len(boxes) != len(chats):
+            raise BadRequest(
+                "tools", f"{len(boxes)} lists", f"one list of tools, or one for each of {len(chats)} chats"
+            )
+        dialect = dialect_of(self.tokenizer, template=chat_template)
+        prepared: list[tuple[str | None, list[int]]] = []
+        params: list[SamplingParams] = []
+        readings: list[_Reading | None] = []
+        for chat, own, box in zip(chats, self._params(sampling_params, len(chats)), boxes, strict=True):
+            messages, told = plan.prepared(dialect, chat, box)
+            ids = self.chat_ids(messages, chat_template, add_generation_prompt, tools=told)
+            opened = dialect.tags is not None and opened_by(self.tokenizer.decode(ids[-16:], False), dialect.tags)
+            held = Guided(None, False)
+            if box is not None or own.structured is not None:
+                held = plan.guide(self.grammars, Ask(dialect, self.tokenizer, box, own.structured, opened))
+            prepared.append((None, ids))
+            params.append(replace(own, structured=held.structured))
+            readings.append(None if box is None else _Reading(dialect, box, opened, held.certain))
+        shown = dialect.marks(self.tokenizer) if any(box is not None for box in boxes) else frozenset()
+        outputs = self._run(prepared, params, progress, given, shown)
+        for output, reading in zip(outputs, readings, strict=True):
+            for one in output.outputs:
+                if reading is not None:
+                    reading.tell_apart(one)
+        return outputs
 
     def score(self, texts: Prompt | Sequence[Prompt], *, top: int = 0) -> list[ScoreOutput]:
         """How likely each text is: prefill only, nothing is generated. `top` alternatives are given a position."""
@@ -299,6 +357,7 @@ class LLM(_Front):
         params: Sequence[SamplingParams],
         progress: Progress | None,
         given: Mapping[str, Any],
+        shown: frozenset[int] = frozenset(),
     ) -> list[RequestOutput]:
         engine = self.assembled.engine
         builders: dict[int, OutputBuilder] = {}
@@ -309,7 +368,7 @@ class LLM(_Front):
                 count = engine.num_outputs(request)
             except BadRequest as error:
                 raise BadRequest(f"prompts[{place}]: {error.param}", error.got, error.allowed) from None
-            builders[request.id] = OutputBuilder(request.id, text, ids, own, count, self.tokenizer)
+            builders[request.id] = OutputBuilder(request.id, text, ids, own, count, self.tokenizer, shown)
             requests.append(request)
         # Nobody reads along, so text is made once an output is whole: until then this thread leaves the cores alone.
         chunks: dict[int, deque[Chunk]] = {request_id: deque() for request_id in builders}

@@ -10,6 +10,7 @@ from millstream.core.plan import TokenLogprobs
 from millstream.core.request import SamplingParams
 from millstream.text.stream import StreamText
 from millstream.text.tokenizer import Tokenizer
+from millstream.text.tools.protocol import Call
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,10 @@ PositionLogprobs = Mapping[int, TokenLogprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated text. `finish_reason` is stop, length, timeout, abort or error; None while it goes on."""
+    """One generated text. `finish_reason` is stop, length, timeout, abort or error; None while it goes on.
+
+    Where a chat was given tools, `text` is the answer alone: `tool_calls` and `reasoning` are told apart from it.
+    """
 
     index: int
     text: str = ""
@@ -37,6 +41,8 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    reasoning: str = ""
+    tool_calls: list[Call] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -76,7 +82,7 @@ class ScoreOutput:
 
 
 class OutputBuilder:
-    """Folds the chunks of one request into its RequestOutput, text included."""
+    """Folds the chunks of one request into its RequestOutput, text included, with the spelling of `shown` tokens."""
 
     def __init__(
         self,
@@ -86,9 +92,10 @@ class OutputBuilder:
         params: SamplingParams,
         count: int,
         tokenizer: Tokenizer,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         self.output = RequestOutput(request_id, prompt, list(ids), [CompletionOutput(i) for i in range(count)])
-        self._params, self._tokenizer = params, tokenizer
+        self._params, self._tokenizer, self._shown = params, tokenizer, shown
         self._texts = [self._stream() for _ in range(count)]
         self._unfinished = count
 
@@ -139,6 +146,7 @@ class OutputBuilder:
             tuple(params.stop),
             skip_special=params.skip_special_tokens,
             include_stop_str_in_output=params.include_stop_str_in_output,
+            shown=self._shown,
         )
 
     def _position(self, entry: TokenLogprobs) -> PositionLogprobs:

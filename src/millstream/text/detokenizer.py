@@ -16,12 +16,18 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 
 
 class TokenBytesStream:
-    """Ids -> bytes: control tokens left out (`skip_special`), and a SentencePiece text's artificial first space too."""
+    """Ids -> bytes: control tokens left out (`skip_special`, save those `shown`), and a SentencePiece text's artificial
+    first space too."""
 
     __slots__ = ("_skipped", "_source", "_strip", "_vocabulary")
 
     def __init__(
-        self, source: Tokenizer | Vocabulary, skip_special: bool = True, *, continuation: bool = False
+        self,
+        source: Tokenizer | Vocabulary,
+        skip_special: bool = True,
+        *,
+        continuation: bool = False,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
         if isinstance(source, Vocabulary):
             self._vocabulary = source
@@ -29,7 +35,7 @@ class TokenBytesStream:
         else:
             self._vocabulary = source.vocabulary
             self._source = source
-        self._skipped = self._vocabulary.special_ids if skip_special else frozenset()
+        self._skipped = self._vocabulary.special_ids - shown if skip_special else frozenset()
         self._strip = self._source is not None and self._source.strip_prefix and not continuation
 
     def push(self, token_id: int) -> bytes:

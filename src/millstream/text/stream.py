@@ -26,7 +26,7 @@ class StreamText:
     holds.
 
     `continuation` (the default, for an output follows a prompt) keeps a leading space also where the tokenizer would
-    put one before every text.
+    put one before every text. `shown` are control tokens whose spelling is part of the text all the same.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class StreamText:
         skip_special: bool = True,
         include_stop_str_in_output: bool = False,
         continuation: bool = True,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        self._stream = TokenBytesStream(source, skip_special, continuation=continuation)
+        self._stream = TokenBytesStream(source, skip_special, continuation=continuation, shown=shown)
         self._matcher = StopMatcher(stop)
         self._include_stop = include_stop_str_in_output
         self._decoder = _UTF8("replace")

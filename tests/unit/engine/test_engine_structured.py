@@ -154,6 +154,19 @@ def test_a_grammar_that_was_not_checked_and_is_bad_ends_its_request():
     made.clean()
 
 
+def test_a_grammar_that_takes_too_much_of_the_engine_ends_its_request_alone(monkeypatch):
+    monkeypatch.setattr("millstream.decode.logits.grammar.host.GRANT_S", 0.0)
+    monkeypatch.setattr("millstream.decode.logits.grammar.host.MASK_S", 0.0)
+    made = bench()
+    slow = made.add([3], 30, params={"structured": JSON_AB})
+    fine = made.add([4], 8)
+    run(made)
+    chunk = made.chunks[(slow.id, 0)][-1]
+    assert chunk.finish is Finish.ERROR and "too slow" in (chunk.error or "")
+    assert made.output(fine) == made.truth(fine)
+    made.clean()
+
+
 def test_several_outputs_walk_apart():
     made = bench()
     request = made.add([3, 4], 30, params={"structured": JSON_AB, "n": 5, "seed": 9, "temperature": 1.0})

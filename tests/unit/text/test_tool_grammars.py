@@ -18,7 +18,7 @@ from millstream.text.grammar.build import build, make_tokenizer
 from millstream.text.grammar.wire import Ask
 from millstream.text.grammar.worker import judge
 from millstream.text.tokenizer import Facts, Special
-from millstream.text.tools.plan import dialect_of, prepared, reader_of, schemas_of, shape_of
+from millstream.text.tools.plan import closed, dialect_of, prepared, reader_of, schemas_of, shape_of
 from millstream.text.tools.prompt import in_words
 from millstream.text.tools.protocol import Tool, Toolbox, Whole
 from millstream.text.vocabulary import Vocabulary
@@ -216,6 +216,21 @@ def test_patterns_that_no_automaton_keeps_are_passed_over_without_strict():
     assert verdict.taken and "pattern" in verdict.warnings[0] and "(?!" not in verdict.text
     assert json.loads(verdict.text)["required"] == ["pattern"]
     assert not judge(PLAIN_BYTES, Ask("json_schema", json.dumps(schema), True)).taken
+
+
+def test_arguments_that_a_schema_does_not_name_are_not_made_up():
+    inner = {"properties": {"x": {}}}
+    schema = {"properties": {"a": inner, "properties": {"enum": [{"properties": {}}]}, "b": {"items": inner}}}
+    shut = closed(schema)
+    assert shut["additionalProperties"] is False and shut["properties"]["b"]["items"]["additionalProperties"] is False
+    assert shut["properties"]["properties"] == schema["properties"]["properties"]
+    for open_ in (
+        {"type": "object"},
+        {"properties": {}, "additionalProperties": True},
+        {"properties": {}, "anyOf": [{}]},
+    ):
+        assert closed(open_) == open_
+    assert closed({"$defs": {"n": inner}, "$ref": "#/$defs/n"})["$defs"]["n"]["additionalProperties"] is False
 
 
 # -- which format, and the prompt

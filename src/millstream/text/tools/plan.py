@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,7 +13,9 @@ from millstream.core import registry
 from millstream.core.errors import BadRequest
 from millstream.core.request import MAX_STRUCTURED_CHARS, Structured
 from millstream.text import reasoning
+from millstream.text.chat import check_messages
 from millstream.text.grammar.build import WHITESPACE
+from millstream.text.grammar.compiler import Compiled, GrammarCompiler
 from millstream.text.reasoning import Tags, Thinking
 from millstream.text.tokenizer import Tokenizer
 from millstream.text.tools import lark
@@ -80,6 +82,8 @@ def prepared(
 ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools as the model's template is to get them. Tools that may not be called are not told."""
     tools = [tool.told() for tool in toolbox.tools] if toolbox is not None and toolbox.mode != NONE else []
+    if tools:
+        check_messages(messages)
     if dialect.native:
         return [_with_ids(dialect.format, message) for message in messages], tools or None
     return in_words(messages, toolbox if tools else None), None
@@ -110,10 +114,39 @@ def schemas_of(toolbox: Toolbox) -> list[tuple[str, Structured]]:
         if tool in toolbox.callable:
             param = f"tools[{i}].function.parameters"
             try:
-                asked.append((param, Structured.json(tool.schema, tool.strict)))
+                asked.append((param, Structured.json(closed(tool.schema), tool.strict)))
             except BadRequest as error:
                 raise BadRequest(param, error.got, error.allowed) from None
     return asked
+
+
+# Beside these, what an object may have is not all said by its properties.
+_OPEN = frozenset({"additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames",
+                   "allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "not"})  # fmt: skip
+
+
+def closed(schema: Any, depth: int = 0) -> Any:
+    """A schema of arguments whose objects have the properties that it names, and no others where it does not say.
+
+    A small model that may make arguments up does so without end.
+    """
+    if depth > 64:
+        return schema
+    if isinstance(schema, list):
+        return [closed(item, depth + 1) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    out: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
+            out[key] = {name: closed(item, depth + 1) for name, item in value.items()}
+        elif key in ("enum", "const", "default", "examples"):
+            out[key] = value
+        else:
+            out[key] = closed(value, depth + 1)
+    if isinstance(schema.get("properties"), Mapping) and not _OPEN & schema.keys():
+        out["additionalProperties"] = False
+    return out
 
 
 def shape_of(
@@ -183,6 +216,89 @@ def _marker(tokenizer: Tokenizer) -> Callable[[str], str]:
         return lark.literal(text) if special is None else f"<[{special.id}]>"
 
     return mark
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """What an output is held to (None: nothing), whether its calls are certain to be whole, and what is passed over."""
+
+    structured: Structured | None
+    certain: bool
+    warnings: tuple[str, ...] = ()
+
+
+def guide(compiler: GrammarCompiler, ask: Ask) -> Guided:
+    """Has everything that an output is to be held to checked. Raises BadRequest, naming the part that is wrong."""
+    steps = _steps(ask)
+    answer: Compiled | BadRequest | None = None
+    while True:
+        try:
+            structured, param = steps.send(answer)
+        except StopIteration as done:
+            return cast(Guided, done.value)
+        try:
+            answer = compiler.check(structured, param)
+        except BadRequest as error:
+            answer = error
+
+
+async def guide_async(compiler: GrammarCompiler, ask: Ask) -> Guided:
+    """The same, for an event loop."""
+    steps = _steps(ask)
+    answer: Compiled | BadRequest | None = None
+    while True:
+        try:
+            structured, param = steps.send(answer)
+        except StopIteration as done:
+            return cast(Guided, done.value)
+        try:
+            answer = await compiler.check_async(structured, param)
+        except BadRequest as error:
+            answer = error
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of one output. `param` is the request's field that `structured` came from.
+
+    `opened`: the prompt has begun the thinking. Without `guided` calls are free unless one must be made.
+    """
+
+    dialect: Dialect
+    tokenizer: Tokenizer
+    toolbox: Toolbox | None = None
+    structured: Structured | None = None
+    opened: bool = False
+    guided: bool = True
+    param: str = "structured"
+
+
+def _steps(ask: Ask) -> Generator[tuple[Structured, str], Compiled | BadRequest | None, Guided]:
+    warnings: list[str] = []
+    taken: dict[str, Structured] = {}
+    toolbox = ask.toolbox
+    calls = toolbox is not None and bool(toolbox.callable)
+    guided = calls and (ask.guided or (toolbox is not None and toolbox.must))
+    asked = [(ask.structured, ask.param)] if ask.structured is not None else []
+    if toolbox is not None and guided:
+        asked += [(schema, param) for param, schema in schemas_of(toolbox)]
+    for one, param in asked:
+        answer = yield one, param
+        if not isinstance(answer, Compiled):
+            raise answer or BadRequest(param, one.kind, "a grammar")
+        taken[param] = answer.structured
+        warnings += (f"{param}: {warning}" for warning in answer.warnings)
+    content = taken.pop(ask.param, None) if ask.structured is not None else None
+    shape = shape_of(ask.dialect, ask.tokenizer, toolbox, list(taken.values()), content, ask.opened, ask.guided)
+    if shape is None or shape == content:
+        return Guided(shape, False, tuple(warnings))
+    answer = yield shape, "tools" if guided else ask.param
+    if isinstance(answer, Compiled):
+        return Guided(answer.structured, guided, tuple(warnings))
+    if toolbox is None or toolbox.must or content is not None or any(tool.strict for tool in toolbox.callable):
+        raise answer or BadRequest("tools", "a grammar", "one")
+    # Too much to be enforced, and nobody asked that it be: calls are read as they come.
+    return Guided(None, False, (*warnings, "tools: calls are not enforced, their grammar is too large"))
 
 
 # -- the reader
