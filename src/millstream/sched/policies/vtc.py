@@ -1,0 +1,241 @@
+"""The Virtual Token Counter: tenants that want more than there is get equal shares, whatever they send.
+
+Fairness in Serving Large Language Models (Sheng et al., OSDI 2024), the algorithm under DLPM. Each tenant has a counter
+of the service that it got: `input_weight` a prompt token, `output_weight` a token of an output, over the tenant's own
+weight. Who has got least goes next. A tenant that comes back with nothing under way is lifted to the least counter of
+those that wait, so that nobody saves up service by staying away, and a single busy tenant has all of the machine.
+When to want it: several tenants, and one of them may send too much. Put it before an order such as fcfs, which orders
+the requests of one tenant.
+
+What is charged. A prompt token when it is computed: where a prompt fits in one step, that is the paper's charge at
+admission; one that is cut over many steps keeps its place for `quantum` tokens and then gives way to whoever has got
+less. A request that waits behind others of its tenant ranks as it will when these have been charged: within one step
+as over many, tenants take turns. Tokens that a prefix cache held are free, as in DLPM: they take no computing. Nor is
+anything charged twice: what a preemption or a lost engine makes us compute again is our affair. Every output counts
+(n, beams), by the tokens that came, never by those that were asked for. A request that ends early has paid for what was
+computed of it.
+
+The bound: of two tenants that both want service all the time, neither gets more than the other by over twice
+U = max(input_weight * longest prompt, output_weight * tokens of the KV cache), each divided by the smaller weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from millstream.core.events import Admitted, Computed, Emitted, Event, Finished, Preempted, Prefilled, Submitted
+from millstream.core.registry import Card
+from millstream.core.sequence import SeqView, State
+from millstream.sched.protocol import Budget, LoadView, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """`weights`: shares of tenants by name, 1 where none is given.
+
+    `quantum`: prompt tokens of one sequence before a tenant that has got less goes first. Fewer shorten the wait behind
+    long prompts; more keep fewer half-computed prompts in the KV cache. `remember`: idle tenants whose counter is kept.
+    """
+
+    input_weight: float = 1.0
+    output_weight: float = 2.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    quantum: int = 1024
+    remember: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("input_weight", "output_weight"):
+            _positive(name, getattr(self, name))
+        if not isinstance(self.weights, Mapping):
+            raise TypeError(f"weights must be a mapping from tenants to numbers, got {self.weights!r}")
+        for tenant, weight in self.weights.items():
+            _positive(f"the weight of {tenant!r}", weight)
+        for name in ("quantum", "remember"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer from 1, got {value!r}")
+
+
+class _Tenant:
+    """`prompts`: what is left to charge of the prompt of each of its sequences, in the order in which these came;
+    `again`: sequences to be computed again. It wants service while there is any of either. `begun`: of a prompt that
+    was begun, the rank at which that was, and how much there was to charge then."""
+
+    __slots__ = ("again", "begun", "counter", "live", "prompts", "ranks", "weight")
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.counter = 0.0
+        self.live = 0
+        self.prompts: dict[int, int] = {}
+        self.begun: dict[int, tuple[float, int]] = {}
+        self.again: set[int] = set()
+        self.ranks: dict[int, float] | None = None  # of `prompts`, None when something has changed
+
+
+class Vtc:
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._tenants: dict[str, _Tenant] = {}  # with requests inside
+        self._idle: OrderedDict[str, _Tenant] = OrderedDict()
+        self._wanting: dict[str, _Tenant] = {}
+        self._outputs: dict[int, int] = {}  # by sequence: tokens of its output that were charged
+        self._last: _Tenant | None = None  # the last one that wanted service
+        self._served = 0.0  # the highest counter at which anybody was served: nobody comes in below
+
+    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        tenant = self._tenants.get(seq.tenant)
+        if tenant is None:
+            return (1.0, self._floor())
+        if seq.state is not State.RUNNING:
+            return (1.0, self._ranks(tenant).get(seq.id, tenant.counter))
+        if seq.left <= 1:
+            return (0.0, tenant.counter)
+        begun = tenant.begun.get(seq.id)
+        if begun is None:
+            return (1.0, tenant.counter)
+        # Kept for a while: where blocks are short, who overtakes a half-computed prompt throws its work away.
+        at, all_of_it = begun
+        done = all_of_it - tenant.prompts[seq.id]
+        return (1.0, at + self._price(tenant, done - done % self.config.quantum))
+
+    def admit(self, seq: SeqView, view: LoadView) -> Verdict:
+        return Verdict.ADMIT
+
+    def budget(self, view: LoadView) -> Budget:
+        return Budget()
+
+    def victim(self, running: Seq[SeqView], view: LoadView) -> SeqView | None:
+        """The last in rank of the tenant that has got most."""
+        return max(reversed(running), key=lambda seq: self._counter(seq.tenant), default=None)
+
+    def observe(self, event: Event) -> None:
+        kind = type(event)
+        if kind is Computed or kind is Prefilled:
+            self._computed(event)  # type: ignore[arg-type]
+        elif kind is Emitted:
+            self._charge_output(event.seq)  # type: ignore[union-attr]
+        elif kind is Submitted:
+            self._submitted(event.seq)  # type: ignore[union-attr]
+        elif kind is Admitted:
+            self._admitted(event.seq, event.cached)  # type: ignore[union-attr]
+        elif kind is Preempted:
+            self._preempted(event.seq)  # type: ignore[union-attr]
+        elif kind is Finished:
+            self._finished(event.seq)  # type: ignore[union-attr]
+
+    def _floor(self) -> float:
+        """Where a tenant comes in that wants service anew."""
+        wanting = self._wanting.values()
+        least = min(tenant.counter for tenant in wanting) if wanting else self._last.counter if self._last else 0.0
+        return max(least, self._served)
+
+    def _counter(self, name: str) -> float:
+        tenant = self._tenants.get(name)
+        return -math.inf if tenant is None else tenant.counter
+
+    def _price(self, tenant: _Tenant, prompt_tokens: int) -> float:
+        return self.config.input_weight * prompt_tokens / tenant.weight
+
+    def _ranks(self, tenant: _Tenant) -> dict[int, float]:
+        """Of each sequence in `prompts`: the counter as it will be when those before it have been charged."""
+        if tenant.ranks is None:
+            tenant.ranks, at = {}, tenant.counter
+            for seq_id, tokens in tenant.prompts.items():
+                tenant.ranks[seq_id] = at
+                at += self._price(tenant, tokens)
+        return tenant.ranks
+
+    def _wants(self, seq: SeqView, tenant: _Tenant) -> None:
+        if seq.tenant not in self._wanting:
+            tenant.counter = max(tenant.counter, self._floor())
+            tenant.ranks = None
+            self._wanting[seq.tenant] = tenant
+
+    def _submitted(self, seq: SeqView) -> None:
+        tenant = self._tenants.get(seq.tenant)
+        if tenant is None:
+            tenant = self._idle.pop(seq.tenant, None) or _Tenant(self.config.weights.get(seq.tenant, 1.0))
+            self._tenants[seq.tenant] = tenant
+        self._wants(seq, tenant)
+        tenant.live += 1
+        # All but the first output of a request share the prompt that this one computes, up to its last token.
+        tenant.prompts[seq.id] = seq.num_prompt if seq.index == 0 else 1
+        tenant.ranks = None
+        self._outputs[seq.id] = seq.num_output
+
+    def _admitted(self, seq: SeqView, cached: int) -> None:
+        tenant = self._tenants.get(seq.tenant)
+        if tenant is not None and seq.id in tenant.prompts:
+            at = self._ranks(tenant)[seq.id]
+            tenant.prompts[seq.id] = left = max(0, seq.num_prompt - cached)
+            tenant.begun[seq.id] = (at, left)
+            tenant.ranks = None
+
+    def _computed(self, event: Computed) -> None:
+        seq = event.seq
+        self._charge_output(seq)
+        tenant = self._tenants.get(seq.tenant)
+        if tenant is None:
+            return
+        stop = event.start + event.tokens
+        left = tenant.prompts.get(seq.id)
+        if left is not None:
+            done = max(0, left - max(0, seq.num_prompt - stop))
+            tenant.prompts[seq.id] = left - done
+            self._served = max(self._served, tenant.counter)
+            self._charge(tenant, self.config.input_weight * done)
+        if stop >= seq.num_prompt and (left is not None or seq.id in tenant.again):
+            self._leave(seq, tenant)
+
+    def _preempted(self, seq: SeqView) -> None:
+        tenant = self._tenants.get(seq.tenant)
+        if tenant is not None and seq.id not in tenant.prompts:
+            self._wants(seq, tenant)
+            tenant.again.add(seq.id)
+
+    def _finished(self, seq: SeqView) -> None:
+        self._charge_output(seq)
+        self._outputs.pop(seq.id, None)
+        tenant = self._tenants.get(seq.tenant)
+        if tenant is None:
+            return
+        self._leave(seq, tenant)
+        tenant.live -= 1
+        if tenant.live <= 0:
+            self._idle[seq.tenant] = self._tenants.pop(seq.tenant)
+            if len(self._idle) > self.config.remember:
+                self._idle.popitem(last=False)
+
+    def _leave(self, seq: SeqView, tenant: _Tenant) -> None:
+        if tenant.prompts.pop(seq.id, None) is not None:
+            tenant.begun.pop(seq.id, None)
+            tenant.ranks = None
+        tenant.again.discard(seq.id)
+        if not tenant.prompts and not tenant.again and self._wanting.pop(seq.tenant, None) is not None:
+            self._last = tenant
+
+    def _charge_output(self, seq: SeqView) -> None:
+        charged = self._outputs.get(seq.id)
+        if charged is not None and (new := seq.num_output - charged) > 0:
+            self._outputs[seq.id] = charged + new
+            self._charge(self._tenants[seq.tenant], self.config.output_weight * new)
+
+    @staticmethod
+    def _charge(tenant: _Tenant, service: float) -> None:
+        if service:
+            tenant.counter += service / tenant.weight
+            tenant.ranks = None
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+CARD = Card("vtc", "equal shares for tenants by a virtual counter of tokens (stack it before another order)")
+PLUGIN = Vtc
