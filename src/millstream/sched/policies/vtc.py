@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from millstream.core.events import Admitted, Computed, Emitted, Event, Finished, Preempted, Prefilled, Submitted
+from millstream.core.events import Admitted, Computed, Emitted, Event, Finished, Preempted, Submitted
 from millstream.core.registry import Card
 from millstream.core.sequence import SeqView, State
 from millstream.sched.protocol import Budget, LoadView, Verdict
@@ -114,19 +114,18 @@ class Vtc:
         return max(reversed(running), key=lambda seq: self._counter(seq.tenant), default=None)
 
     def observe(self, event: Event) -> None:
-        kind = type(event)
-        if kind is Computed or kind is Prefilled:
-            self._computed(event)  # type: ignore[arg-type]
-        elif kind is Emitted:
-            self._charge_output(event.seq)  # type: ignore[union-attr]
-        elif kind is Submitted:
-            self._submitted(event.seq)  # type: ignore[union-attr]
-        elif kind is Admitted:
-            self._admitted(event.seq, event.cached)  # type: ignore[union-attr]
-        elif kind is Preempted:
-            self._preempted(event.seq)  # type: ignore[union-attr]
-        elif kind is Finished:
-            self._finished(event.seq)  # type: ignore[union-attr]
+        if isinstance(event, Computed):
+            self._computed(event)
+        elif isinstance(event, Emitted):
+            self._charge_output(event.seq)
+        elif isinstance(event, Submitted):
+            self._submitted(event.seq)
+        elif isinstance(event, Admitted):
+            self._admitted(event.seq, event.cached)
+        elif isinstance(event, Preempted):
+            self._preempted(event.seq)
+        elif isinstance(event, Finished):
+            self._finished(event.seq)
 
     def _floor(self) -> float:
         """Where a tenant comes in that wants service anew."""
