@@ -22,7 +22,7 @@ from millstream.core.client import Load
 from millstream.core.errors import ConfigError
 from millstream.engine import wire
 from millstream.engine.exits import Exit, as_shell, told
-from millstream.serve.supervisor import Backoff, Health, SupervisorConfig
+from millstream.serve.supervisor import Backoff, Health, SupervisorConfig, reap_strangers
 
 WAIT_S = 20.0
 SERVER = Path(__file__).parent / "null_server.py"
@@ -80,15 +80,7 @@ class Server:
 
     def children(self) -> dict[str, int]:
         """Process ids by the name of the script."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    stat = (entry / "stat").read_text()
-                    parent = int(stat.rpartition(")")[2].split()[1])
-                    words = (entry / "cmdline").read_bytes().split(b"\0")
-                    if parent == self.process.pid and len(words) > 1:
-                        found[Path(words[1].decode()).stem] = int(entry.name)
+        found = children_of(self.process.pid)
         self.seen |= set(found.values())
         return found
 
@@ -138,6 +130,19 @@ class Server:
         for pid in children.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def children_of(pid: int) -> dict[str, int]:
+    """The process ids of a process's children, by the first word after the program's name."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if parent == pid and len(words) > 1:
+                    found[Path(words[1].decode()).stem] = int(entry.name)
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -213,6 +218,19 @@ def test_a_stopped_engine_is_killed_and_its_requests_go_on_elsewhere(server):
     rest, end = connection.rest()
     assert [*tokens, *rest] == want and end == "length"
     assert not alive(stopped) and "no sign of life" in one.log.read_text()
+
+
+def test_what_a_killed_engine_had_started_ends_with_it(server):
+    one = server(helper=True)
+    one.until_ready()
+    engine = one.pid("null_process")
+    (helper,) = children_of(engine).values()
+    os.kill(engine, signal.SIGKILL)
+    one.until(lambda: not alive(helper), "it ends")
+    one.until_ready()
+    (helper,) = children_of(one.pid("null_process")).values()
+    one.signal(signal.SIGTERM)
+    assert one.wait() == Exit.DONE and not alive(helper)
 
 
 def test_an_engine_that_hangs_in_a_step_is_killed_though_it_beats(server):
@@ -429,6 +447,26 @@ def test_the_pause_grows_and_ends_and_begins_anew():
 def test_exit_codes_are_told_in_words():
     assert told(-9) == "killed by SIGKILL" and told(4) == "exit code 4 (engine)" and told(77) == "exit code 77"
     assert told(-99) == "killed by signal 99" and as_shell(-15) == 143 and as_shell(3) == 3
+
+
+def test_orphans_that_are_handed_over_are_reaped_and_own_children_are_left():
+    own = subprocess.Popen([sys.executable, "-c", ""])
+    eventually_zombie(own.pid)
+    reap_strangers({own.pid})
+    assert own.wait(WAIT_S) == 0
+    pids = [os.posix_spawn(sys.executable, [sys.executable, "-c", ""], dict(os.environ)) for _ in range(3)]
+    for pid in pids:
+        eventually_zombie(pid)
+    reap_strangers(set())
+    assert not any((Path("/proc") / str(pid)).exists() for pid in pids)
+    reap_strangers(set())
+
+
+def eventually_zombie(pid: int) -> None:
+    end = time.monotonic() + WAIT_S
+    while alive(pid):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_negative_times_are_refused():

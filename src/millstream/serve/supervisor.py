@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,7 @@ class Supervisor:
             _log.info("the %s process is started: %d", name, child.pid)
             code = await child.wait()
             del self._children[name]
+            _end_group(child.pid)
             if self._stopping and name == "API":
                 return code
             if name == "API" and code == Exit.DONE:
@@ -272,6 +273,7 @@ class Supervisor:
         except TimeoutError:
             self._send(name, signal.SIGKILL)
             await child.wait()
+        _end_group(child.pid)
 
     # -- the watchdog
 
@@ -281,6 +283,8 @@ class Supervisor:
         try:
             while True:
                 await asyncio.sleep(CHECK_S)
+                if os.getpid() == 1:
+                    reap_strangers({child.pid for child in self._children.values()})
                 now = time.monotonic()
                 why = self._health.wrong(now) if self._health is not None and "engine" in self._children else None
                 if why is not None:
@@ -333,6 +337,19 @@ class Supervisor:
             api is not None and pid == api.pid and silent_s > self.config.silence_s for pid, silent_s in beat.clients
         )
         self._api_silent = self._api_silent + 1 if silent else 0
+
+
+def _end_group(pid: int) -> None:
+    """Ends what a process that has ended left behind: its own children are in its group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def reap_strangers(own: Collection[int]) -> None:
+    """As process 1 of a container: orphans are handed to it, and stay as zombies until somebody asks how they ended."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid not in own:
+            os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 def _terminal_is_gone() -> bool:

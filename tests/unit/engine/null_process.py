@@ -2,12 +2,13 @@
 
 The config file holds its options: `step_s` (seconds that a step really takes), `blocks`, `context`, `budget`, `plans`,
 `die_at` (exits with code 9 in that step), `break_at` (the runner raises in that step), `hang_at` (it never ends),
-`fail_start` ("usage", "model" or "crash": how the start fails), `seed`.
+`fail_start` ("usage", "model" or "crash": how the start fails), `helper` (starts a process of its own), `seed`.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -65,6 +66,8 @@ def make_null(options: dict[str, Any]) -> tuple[Engine, ModelFacts]:
     if failure == "crash":
         raise ZeroDivisionError("a bug")
     time.sleep(options.get("load_s", 0.0))
+    if options.get("helper"):
+        subprocess.Popen(["sleep", "1000"])
     bench = Bench(
         num_blocks=options.get("blocks", 256),
         context=options.get("context", 512),
