@@ -472,3 +472,64 @@ def eventually_zombie(pid: int) -> None:
 def test_negative_times_are_refused():
     with pytest.raises(ConfigError, match=r"supervisor\.drain_s"):
         SupervisorConfig(drain_s=-1.0)
+
+
+@pytest.mark.long
+def test_half_a_minute_of_engines_killed_and_stopped_at_random_loses_no_text(server):
+    one = server(step_s=0.004, blocks=800, supervisor={"give_up": 1000, "silence_s": 0.8})
+    one.until_ready()
+    chance = random.Random(11)
+    asks = [
+        {"prompt": [n, 1, 2], "max_tokens": 20 + 3 * n, "temperature": float(n % 2), "seed": n, "n": 1 + n % 3}
+        for n in range(12)
+    ]
+    wants = [truths(one, ask) for ask in asks]
+    fds = len(os.listdir(f"/proc/{one.pid('null_api')}/fd"))
+    end = time.monotonic() + 30.0
+    rounds = lost = 0
+    while time.monotonic() < end:
+        connections = [one.connect() for _ in asks]
+        for connection, ask in zip(connections, asks, strict=True):
+            connection.say(ask)
+        for _ in range(chance.randrange(3)):
+            time.sleep(chance.uniform(0.0, 0.3))
+            engine = one.children().get("null_process")
+            if engine is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(engine, chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
+        for connection, ask, want in zip(connections, asks, wants, strict=True):
+            got, ends = everything(connection, ask["n"])
+            if "error" in ends or any("EngineAway" in why for why in ends):
+                lost += 1  # it met three losses, or was asked while there was no engine: it says so
+            else:
+                assert got == want
+            connection.close()
+        one.until_ready()
+        rounds += 1
+    assert rounds > 5 and lost < rounds * len(asks) / 4
+    one.until(lambda: len(os.listdir(f"/proc/{one.pid('null_api')}/fd")) == fds, "no descriptor is left open")
+    one.signal(signal.SIGTERM)
+    assert one.wait() == Exit.DONE
+
+
+def everything(connection: Connection, outputs: int) -> tuple[list[list[int]], list[str]]:
+    """The tokens of every output, and how each ended; or the one error."""
+    tokens: list[list[int]] = [[] for _ in range(outputs)]
+    ends: list[str] = []
+    while len(ends) < outputs:
+        line = connection.line()
+        if "error" in line:
+            return tokens, [line["error"]]
+        tokens[line["index"]] += line["tokens"]
+        if line["finish"] is not None:
+            ends.append(line["finish"])
+    return tokens, ends
+
+
+def truths(server: Server, ask: dict[str, Any]) -> list[list[int]]:
+    connection = server.connect()
+    connection.say(ask)
+    tokens, ends = everything(connection, ask["n"])
+    connection.close()
+    assert set(ends) == {"length"}
+    return tokens
