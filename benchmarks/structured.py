@@ -35,6 +35,8 @@ from millstream.core.request import Structured
 from millstream.text.grammar.build import build, make_tokenizer
 from millstream.text.grammar.compiler import GrammarCompiler
 from millstream.text.tokenizer import Tokenizer
+from millstream.text.tools import plan
+from millstream.text.tools.asked import toolbox_of
 
 SUITES = ("maskbench", "json_schema_test_suite_2020_12")
 CALLS = ("simple_python", "multiple", "parallel", "parallel_multiple", "live_simple", "live_parallel",
@@ -247,8 +249,8 @@ def tools(model: str, most: int, max_tokens: int) -> list[Any]:
     try:
         for name in CALLS:
             questions = list(rows("tools_bfcl", name))
-            questions = questions[: most or None]
             counts: collections.Counter[str] = collections.Counter()
+            questions = [question for question in questions[: most or None] if _offered(llm, question, counts)]
             start, tokens = time.perf_counter(), 0
             for at in range(0, len(questions), AT_ONCE):
                 part = questions[at : at + AT_ONCE]
@@ -277,6 +279,18 @@ def tools(model: str, most: int, max_tokens: int) -> list[Any]:
     finally:
         llm.close()
     return told
+
+
+def _offered(llm: LLM, question: dict[str, Any], counts: collections.Counter[str]) -> bool:
+    """Whether the tools of a question are taken; a schema that nothing fulfils is refused, as a client's would be."""
+    box = toolbox_of([_tool(one) for one in question["function"]], "required")
+    try:
+        plan.guide(llm.grammars, plan.Ask(plan.dialect_of(llm.tokenizer), llm.tokenizer, box))
+    except BadRequest as error:
+        counts["refused"] += 1
+        print(f"  refused: {question['id']}: {error}")
+        return False
+    return True
 
 
 def _fits(schema: Any, arguments: str) -> bool:

@@ -18,13 +18,13 @@ from millstream.text.vocabulary import Vocabulary
 # Between the parts of JSON; without a bound a small model may go on with blanks for ever.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 
-# What one mask may cost at most, here about 15 ms, and what the automata of one output may keep, here about 40 MB.
+# What one mask may cost at most, here about 15 ms, and what the automata of one output may keep, some 20 MB.
 _LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
-    "max_lexer_states": 40_000,
+    "max_lexer_states": 16_000,
     "max_grammar_size": 500_000,
 }
 

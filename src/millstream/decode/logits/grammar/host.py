@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from millstream.core.errors import BadRequest, RequestFault
@@ -21,6 +21,8 @@ from millstream.text.vocabulary import Vocabulary
 # Matchers at their start, kept for the next request of the same grammar. One is 0.4 MB, where it is large 10.
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 4 << 20
+# More than the worker process has that tried the grammar out.
+STACK_BYTES = 8 << 20
 # What the masks of one output may take of the engine's thread: so much at once, and so much a token. Of the schemas of
 # public projects none takes more than 0.5 ms a token, and most take 0.02.
 GRANT_S = 0.25
@@ -46,7 +48,8 @@ class Grammar:
         self._tokenizer: Any = None
         self._kept: Lru[Structured, _Prototype] = Lru(MAX_KEPT, MAX_KEPT_BYTES)
         self._lock = threading.Lock()
-        self._builder: ThreadPoolExecutor | None = None
+        self._asked: queue.SimpleQueue[tuple[Structured, _Prototype] | None] = queue.SimpleQueue()
+        self._builder: threading.Thread | None = None
         self.mask_s = 0.0
         self.masks = 0
 
@@ -60,7 +63,8 @@ class Grammar:
         if prototype is None:
             prototype = _Prototype()
             self._kept.put(asked, prototype, 4 * len(asked.text))
-            self._executor().submit(self._build, asked, prototype)
+            self._start()
+            self._asked.put((asked, prototype))
         with self._lock:
             if not prototype.done:
                 prototype.wakes.append(wake)
@@ -75,13 +79,21 @@ class Grammar:
         }
 
     def close(self) -> None:
-        if self._builder is not None:
-            self._builder.shutdown(wait=False, cancel_futures=True)
+        self._asked.put(None)
 
-    def _executor(self) -> ThreadPoolExecutor:
+    def _start(self) -> None:
         if self._builder is None:
-            self._builder = ThreadPoolExecutor(1, "millstream-grammar")
-        return self._builder
+            # A daemon: nobody waits for a build at the end.
+            before = threading.stack_size(STACK_BYTES)
+            try:
+                self._builder = threading.Thread(target=self._work, name="millstream-grammar", daemon=True)
+                self._builder.start()
+            finally:
+                threading.stack_size(before)
+
+    def _work(self) -> None:
+        while (work := self._asked.get()) is not None:
+            self._build(*work)
 
     def _build(self, asked: Structured, prototype: _Prototype) -> None:
         matcher: Matcher | None = None
