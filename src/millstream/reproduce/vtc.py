@@ -1,0 +1,362 @@
+"""The Virtual Token Counter against first come, first served and a rate limit (Sheng et al., OSDI 2024).
+
+One engine, one model, two tenants. The victim sends about one request a second, well within its half of the machine.
+The aggressor sends a hundred times as many, several times what the machine can do; it has at most 256 requests waiting,
+as a server with a bounded queue would let it, and sends the others in vain. Arms are the victim alone, and both under
+fcfs, under a rate limit of half the machine a tenant (the paper's RPM, here as good as it can be set: from what the
+machine does in the same run), and under vtc. The engine runs for a fixed time; what waits then is given up, and a first
+token that did not come by then counts as coming at that moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from millstream.core.registry import Card, Choice
+from millstream.core.request import Request, SamplingParams, Tokens
+from millstream.reproduce.protocol import (
+    Arm,
+    CheckResult,
+    CheckRow,
+    Claim,
+    Context,
+    Experiment,
+    Figure,
+    Metric,
+    Of,
+    Required,
+)
+
+MODEL = "smollm2-135m"
+VICTIM, AGGRESSOR = "victim", "aggressor"
+VICTIM_PROMPT, AGGRESSOR_PROMPT = (320, 448), (64, 128)
+OUTPUT = 16
+RATE, TIMES = 1.0, 100.0
+MOST_WAITING = 256
+SECONDS, QUICK_SECONDS = 9.0, 3.0
+INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+# Of the policy's own time: a step with as many waiting and as many running.
+WAITING, RUNNING = 256, 64
+
+
+@dataclass(slots=True)
+class Sent:
+    """One request as its client saw it: when it was sent, and its first token, in seconds from the start."""
+
+    at: float
+    first: float | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    seconds: float = 0.0
+    tokens: int = 0
+    sent: dict[str, list[Sent]] = field(default_factory=lambda: {VICTIM: [], AGGRESSOR: []})
+
+
+class VirtualTokenCounter(Experiment):
+    name = "vtc"
+    title = "A tenant that floods the machine, and one that does not"
+    arms = (
+        Arm("solo", "the victim alone", ("policy:fcfs",)),
+        Arm("fcfs", "both, first come, first served", ("policy:fcfs",)),
+        Arm("rate-limit", "both, first come, first served, each tenant at most half the machine", ("policy:fcfs",)),
+        Arm("vtc", "both, by the virtual token counter", ("policy:vtc",)),
+    )
+    metrics = (
+        Metric("victim_ttft_p99_s", "s", "lower", "99th percentile of the victim's times to the first token"),
+        Metric("victim_ttft_p50_s", "s", "lower"),
+        Metric("tokens_per_s", "tokens/s", "higher", "prompt and output tokens computed, of both tenants"),
+        Metric("victim_served", "%", "higher", "requests of the victim that saw a first token"),
+        Metric(
+            "policy_us", "us", "lower", f"ordering a step of {WAITING} waiting and {RUNNING} running, and its events"
+        ),
+    )
+    claim = Claim(
+        "Service to tenants that always wait differs by at most twice max(input weight * longest prompt, output weight "
+        "* tokens of the KV cache), whatever they send; a tenant within its share is isolated from one that is not "
+        "(its latency stays flat while the other's rate grows), at the throughput of first come, first served; a rate "
+        "limit isolates as well but leaves the machine idle",
+        (Figure("throughput against fcfs", Of("vtc", "tokens_per_s"), Of("fcfs", "tokens_per_s"), 1.0),),
+    )
+    required = (
+        Required(
+            "the victim's p99 TTFT at most twice its value alone",
+            Of("vtc", "victim_ttft_p99_s"),
+            Of("solo", "victim_ttft_p99_s"),
+            at_most=2.0,
+        ),
+        Required(
+            "under fcfs at least 5 times its value alone",
+            Of("fcfs", "victim_ttft_p99_s"),
+            Of("solo", "victim_ttft_p99_s"),
+            at_least=5.0,
+        ),
+        Required(
+            "total throughput within 3 % of fcfs",
+            Of("vtc", "tokens_per_s"),
+            Of("fcfs", "tokens_per_s"),
+            at_least=0.97,
+        ),
+        Required(
+            "and at least 1.15 times a rate limit of half the machine",
+            Of("vtc", "tokens_per_s"),
+            Of("rate-limit", "tokens_per_s"),
+            at_least=1.15,
+        ),
+        Required("every request of the victim is served", Of("vtc", "victim_served"), at_least=100.0),
+        Required("the policy takes under 2 ms of a step", Of("vtc", "policy_us"), at_most=2000.0),
+    )
+    # The correctness check has used every kernel by then.
+    warmup = 0
+    seconds = 300.0
+    sources = ("millstream.sched.scheduler", "millstream.sched.stack")
+
+    def open(self, ctx: Context) -> None:
+        from millstream.bench import data
+        from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
+        from millstream.engine.assemble import assemble
+
+        self.base = EngineConfig(
+            model=ModelConfig(weights="blocks"), cache=CacheConfig(prefix=Choice("none"), bytes="1GiB"), seed=0
+        )
+        self.model = assemble(MODEL, self.base, tune=True)
+        self.ids = itertools.count(1)
+        self.pool = self.model.tokenizer.encode(data.text("wikitext2-test")[:200_000])
+        alone = self._run(ctx, "fcfs", ctx.size(4, 2), 99, victim=False)
+        self.half = len([one for one in alone.sent[AGGRESSOR] if one.first is not None]) / alone.seconds / 2
+        ctx.say(f"the machine does {2 * self.half:.1f} requests of the aggressor a second; it sends {RATE * TIMES:.0f}")
+
+    def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
+        from millstream.bench import data
+
+        shapes = (VICTIM_PROMPT, AGGRESSOR_PROMPT, OUTPUT, RATE, TIMES, MOST_WAITING)
+        return {
+            "model": self.model.source.checksum().encode(),
+            "shapes": repr(shapes).encode(),
+            "text": data.find("wikitext2-test"),
+        }
+
+    def _engine(self, policy: str) -> Any:
+        from millstream.engine.assemble import build_engine
+
+        policies = (Choice("fcfs"),) if policy == "fcfs" else (Choice(policy), Choice("fcfs"))
+        config = replace(self.base, sched=replace(self.base.sched, policies=policies))
+        model = self.model
+        return build_engine(model.built.runner, model.spec, model.tokenizer, config, model.resolved)
+
+    def _request(self, draw: random.Random, tenant: str, prompt: tuple[int, int], arrival: float) -> Request:
+        length = draw.randint(*prompt)
+        start = draw.randrange(len(self.pool) - length)
+        params = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
+        ids = Tokens(tuple(self.pool[start : start + length]))
+        return Request(next(self.ids), (ids,), params, arrival=arrival, tenant=tenant)
+
+    def _run(
+        self,
+        ctx: Context,
+        policy: str,
+        seconds: float,
+        seed: int,
+        victim: bool = True,
+        aggressor: bool = True,
+        limit: float | None = None,
+    ) -> Run:
+        """Both tenants (or one) on one engine for so many seconds; `limit` is the most requests a second of each."""
+        from millstream.core.events import Stepped
+
+        engine = self._engine(policy)
+        run = Run()
+        # The victim's requests are the same in all arms of a repeat.
+        own, other = random.Random(seed), random.Random(seed + 1)
+        arrivals = _arrivals(own, seconds) if victim else []
+        open_of = {VICTIM: 0, AGGRESSOR: 0}
+        started: dict[int, Sent] = {}
+        start, offset = time.perf_counter(), engine.clock.now()
+
+        def sink(chunk: Any) -> None:
+            sent = started[chunk.request_id]
+            if chunk.tokens and sent.first is None:
+                sent.first = time.perf_counter() - start
+
+        def tell(event: Any) -> None:
+            if isinstance(event, Stepped):
+                run.tokens += event.tokens
+
+        def send(tenant: str, prompt: tuple[int, int], draw: random.Random, at: float) -> None:
+            request = self._request(draw, tenant, prompt, offset + at)
+            started[request.id] = Sent(at)
+            run.sent[tenant].append(started[request.id])
+            open_of[tenant] += 1
+            engine.submit(request, sink)
+
+        engine.listeners.append(tell)
+        due = 0.0
+        allowed = RATE * TIMES if limit is None else min(limit, RATE * TIMES)
+        while (now := time.perf_counter() - start) < seconds:
+            while arrivals and arrivals[0] <= now:
+                send(VICTIM, VICTIM_PROMPT, own, arrivals.pop(0))
+            while aggressor and due <= now:
+                if engine.scheduler.num_waiting < MOST_WAITING:
+                    send(AGGRESSOR, AGGRESSOR_PROMPT, other, due)
+                due += 1 / allowed
+            if not engine.busy or not engine.step():
+                time.sleep(0.001)
+        run.seconds = time.perf_counter() - start
+        for request_id in started:
+            engine.abort(request_id)
+        while engine.busy:
+            engine.step()
+        held = engine.scheduler.ledger
+        ctx.expect(f"{policy}: no block is lost", held.free() == held.total())
+        return run
+
+    def check(self, ctx: Context) -> CheckResult:
+        """Tokens do not depend on the policy, and two tenants that always wait get the same service, by the bound."""
+        from millstream.bench.drive import drive
+
+        def requests() -> list[Request]:
+            draw = random.Random(ctx.seed + 7)
+            prompts = [((10, 60), VICTIM) if place % 3 else ((60, 120), AGGRESSOR) for place in range(ctx.size(12, 6))]
+            return [self._request(draw, tenant, prompt, 0.0) for prompt, tenant in prompts]
+
+        told = {name: drive(self._engine(name), requests(), clients=12) for name in ("fcfs", "vtc")}
+        same = [a.tokens == b.tokens for a, b in zip(_ordered(told["fcfs"]), _ordered(told["vtc"]), strict=True)]
+        gap, bound, service = self._gap(ctx)
+        return CheckResult(
+            (
+                CheckRow("the same tokens in another order", all(same) and bool(same), f"{sum(same)} of {len(same)}"),
+                CheckRow(
+                    "service of two tenants that always wait",
+                    0 < gap <= bound and service > 0,
+                    f"differs by at most {gap:.0f} of {service:.0f} in all; the bound is {bound:.0f}",
+                ),
+            )
+        )
+
+    def _gap(self, ctx: Context) -> tuple[float, float, float]:
+        """The largest difference of service over any interval, the paper's bound for it, and all service.
+
+        One tenant sends long prompts, the other short ones. The bound is taken with the tokens that were really inside
+        instead of all that the cache could hold, which makes it tighter.
+        """
+        from millstream.core.events import Emitted, Prefilled
+
+        engine = self._engine("vtc")
+        draw = random.Random(ctx.seed + 8)
+        service = dict.fromkeys((VICTIM, AGGRESSOR), 0.0)
+        waiting: dict[str, set[int]] = {tenant: set() for tenant in service}
+
+        def tell(event: Any) -> None:
+            if isinstance(event, Prefilled):
+                service[event.seq.tenant] += INPUT_WEIGHT * event.tokens
+                waiting[event.seq.tenant].discard(event.seq.request_id)
+            elif isinstance(event, Emitted):
+                service[event.seq.tenant] += OUTPUT_WEIGHT * event.tokens
+
+        engine.listeners.append(tell)
+        differences, inside = [0.0], 0
+        for _ in range(ctx.size(60, 25)):
+            for tenant, prompt in ((VICTIM, (200, 256)), (AGGRESSOR, (16, 64))):
+                while len(waiting[tenant]) < 4:
+                    request = self._request(draw, tenant, prompt, 0.0)
+                    waiting[tenant].add(request.id)
+                    engine.submit(request, lambda chunk: None)
+            engine.step()
+            differences.append(service[VICTIM] - service[AGGRESSOR])
+            inside = max(inside, sum(seq.computed for seq in engine.scheduler.live.values()))
+        for seq in list(engine.scheduler.live.values()):
+            engine.abort(seq.request.id)
+        bound = 2 * max(INPUT_WEIGHT * 256, OUTPUT_WEIGHT * inside)
+        return max(differences) - min(differences), bound, sum(service.values())
+
+    def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
+        policy = "vtc" if arm.name == "vtc" else "fcfs"
+        run = self._run(
+            ctx,
+            policy,
+            SECONDS if not ctx.quick else QUICK_SECONDS,
+            ctx.seed + 100 + ctx.repeat,
+            aggressor=arm.name != "solo",
+            limit=self.half if arm.name == "rate-limit" else None,
+        )
+        sent = run.sent[VICTIM]
+        waits = sorted((run.seconds if one.first is None else one.first) - one.at for one in sent)
+        out = {
+            "victim_ttft_p99_s": waits[min(len(waits) - 1, int(0.99 * len(waits)))],
+            "victim_ttft_p50_s": statistics.median(waits),
+            "tokens_per_s": run.tokens / run.seconds,
+            "victim_served": 100 * sum(one.first is not None for one in sent) / len(sent),
+        }
+        if arm.name in ("fcfs", "vtc"):
+            out["policy_us"] = _policy_us(self._engine(policy))
+        return out
+
+
+def _arrivals(draw: random.Random, seconds: float) -> list[float]:
+    """About RATE a second, none so late that it could not be served."""
+    out, at = [], 0.7
+    while at < seconds - 1.5 / RATE:
+        out.append(at)
+        at += draw.uniform(0.7, 1.3) / RATE
+    return out
+
+
+def _ordered(run: Any) -> Sequence[Any]:
+    return sorted(run.timelines, key=lambda timeline: timeline.request.id)
+
+
+def _policy_us(engine: Any) -> float:
+    """Microseconds that its policies take of a step: the order, and the events of the rows. The median of some."""
+    from millstream.core import registry
+    from millstream.core.events import Admitted, Computed, Emitted, Prefilled, Submitted
+    from millstream.core.sequence import Sequence as Seq
+    from millstream.core.sequence import Stamps, State
+    from millstream.sched.protocol import LoadView
+
+    policy, view = engine.scheduler.policy, LoadView(0.0, 1, 1, [], [])
+    draw = random.Random(0)
+    seqs = []
+    for place in range(WAITING + RUNNING):
+        ids = tuple(range(draw.randint(50, 150)))
+        request = Request(place, (Tokens(ids),), SamplingParams(max_tokens=64), tenant=f"tenant-{place % 8}")
+        method = registry.make("decode", engine.decode)
+        seq = Seq(
+            place, request, 0, list(ids), len(ids), len(ids) + 64, 0, frozenset(), engine.decode, method, Stamps(0.0)
+        )
+        seqs.append(seq)
+        policy.observe(Submitted(0.0, seq.view))
+    for seq in seqs[:RUNNING]:
+        seq.state, seq.stamps.admitted, seq.computed = State.RUNNING, 0.0, seq.num_prompt
+        policy.observe(Admitted(0.0, seq.view, 0))
+        policy.observe(Prefilled(0.0, seq.view, 0, seq.num_prompt))
+        seq.tokens.append(0)
+        policy.observe(Emitted(0.0, seq.view, 1))
+
+    def step() -> None:
+        ranks = {seq.id: policy.rank(seq.view, view) for seq in seqs}
+        sorted(ranks, key=ranks.__getitem__)
+        for seq in seqs[:RUNNING]:
+            policy.observe(Computed(0.0, seq.view, seq.computed, 1))
+            seq.computed += 1
+            seq.tokens.append(0)
+            policy.observe(Emitted(0.0, seq.view, 1))
+
+    return 1e6 * statistics.median(_timed(step) for _ in range(30))
+
+
+def _timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+PLUGIN = VirtualTokenCounter
+CARD = Card("vtc", "The virtual token counter against fcfs and a rate limit, one tenant flooding")
