@@ -16,7 +16,7 @@ from millstream.core import registry
 from millstream.core.errors import ConfigError
 from millstream.reproduce import ledger
 from millstream.reproduce.ledger import FigureRecord, Record, Standing, State
-from millstream.reproduce.papers import PAPERS
+from millstream.reproduce.papers import PAPERS, Paper
 from millstream.reproduce.protocol import Experiment, Figure
 
 PAGE = Path("docs/techniques.md")
@@ -60,12 +60,17 @@ def page(folder: Path = ledger.RECORDS, root: Path = ledger.SOURCE_ROOT) -> str:
         out += ["## Measurements", ""]
         for one in measured:
             if one.record is not None:
-                out += _section(one, one.record, root.parent)
+                out += _section(f"{one.paper.number}. {one.paper.short}", one, one.record, root.parent)
     extra = [name for name in built if name not in {paper.name for paper in PAPERS}]
     if extra:
         out += ["## Experiments that are not of one paper", ""]
-        out += [f"- `{name}`: {_cell(built[name].title)}" for name in sorted(extra)]
-        out += [""]
+        for name in sorted(extra):
+            # Known to the ledger as a paper is, without a place among the techniques.
+            one = ledger.standing(Paper(0, name, name, built[name].title, ""), folder, root)
+            if one.record is not None:
+                out += _section(f"`{name}`", one, one.record, root.parent)
+            else:
+                out += [f"### `{name}`: {one.state}", "", f"{_cell(built[name].title)}.", ""]
     return "\n".join(out)
 
 
@@ -117,12 +122,12 @@ def _range(figure: FigureRecord | Figure) -> str:
     return f"{figure.low:g}{unit}" if figure.high is None else f"{figure.low:g} to {figure.high:g}{unit}"
 
 
-def _section(one: Standing, record: Record, tree: Path) -> list[str]:
+def _section(heading: str, one: Standing, record: Record, tree: Path) -> list[str]:
     quick = ", quick run" if record.quick else ""
     repeats = len(record.order)
     machine = record.machine
     out = [
-        f"### {one.paper.number}. {one.paper.short}: {one.state}",
+        f"### {heading}: {one.state}",
         "",
         f"{_cell(record.title)}. Record of {record.date[:10]}{quick}: {record.verdict}; {repeats} repeats on "
         f"{machine.cpu}, {machine.cores} cores{', ' + machine.gpu if machine.gpu else ''}.",
