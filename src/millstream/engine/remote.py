@@ -195,6 +195,7 @@ class RemoteEngine:
         self.losses = 0
         self.resumed = 0
         self.bad_frames = 0
+        self.engine_pid: int | None = None  # of the last engine that answered
         self._facts: ModelFacts | None = None
         self._random = random.Random()
         self._ids = itertools.count(1)
@@ -482,6 +483,8 @@ class RemoteEngine:
             self._arrived(link, message.facts)
         elif message.version != wire.VERSION:
             raise wire.WireError(f"the engine speaks version {message.version}, this is {wire.VERSION}")
+        else:
+            self.engine_pid = message.pid
 
     def _happened(self, message: wire.Happened) -> None:
         events = []

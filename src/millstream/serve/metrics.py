@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from dataclasses import field as _field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from platform import python_version
 from typing import Any
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
 
 import millstream
 from millstream.core.client import EngineClient, Load, RequestMetrics
@@ -63,8 +63,8 @@ def token_bounds(most: int) -> tuple[int, ...]:
 class _Tally:
     """Counters of an engine, kept when another one takes its place and begins again at 0."""
 
-    sums: dict[str, float] = _field(default_factory=dict)
-    seen: dict[str, float] = _field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)
 
     def update(self, now: Mapping[str, float]) -> None:
         for name, value in now.items():
@@ -76,7 +76,7 @@ class _Tally:
 class Metrics:
     """The metrics of one API process and its engine. `observatory.py` feeds it, from one event loop.
 
-    `max_context` bounds the histograms over tokens. There is no global state: every instance has a registry of its own.
+    `max_context` bounds the histograms over tokens. There is no global state and no registry.
     """
 
     def __init__(self, model_name: str, max_context: int = 8192, engine: str = "0", process: bool = True) -> None:
@@ -92,10 +92,11 @@ class Metrics:
         self._declare_requests()
         self._declare_server()
         self.build.set(1, millstream.__version__, python_version())
-        self.registry = CollectorRegistry(auto_describe=False)
+        self._engine_pid: int | None = None
+        self._processes: list[Collector] = []
         if process:
-            ProcessCollector(registry=self.registry)
-        self.registry.register(self)
+            of_engine = ProcessCollector("millstream_engine", self._pid_of_engine, registry=None)
+            self._processes = [ProcessCollector(registry=None), of_engine]
 
     # -- what there is
 
@@ -351,9 +352,11 @@ class Metrics:
         self.http_request_bytes.observe(request_bytes, handler)
         self.http_response_bytes.observe(response_bytes, handler)
 
-    def restarts_missed(self, client: EngineClient) -> int:
-        """How often the engine was lost since this was last asked. One in this process is never lost."""
+    def look_at(self, client: EngineClient) -> int:
+        """Takes what a client knows of its engine's process. Gives how often that was lost since this was last asked:
+        one in this process is never lost."""
         self.resumed.values[()] = float(getattr(client, "resumed", 0))
+        self._engine_pid = getattr(client, "engine_pid", None)
         return int(getattr(client, "losses", 0)) - int(self.restarts.total())
 
     def loaded(self, load: Load | None, ready: bool = True) -> None:
@@ -404,7 +407,7 @@ class Metrics:
     # -- text
 
     def collect(self) -> Iterator[Any]:
-        """What the registry asks for."""
+        """Every family as it is now."""
         sums = self._tally.sums
         self.prefix_queries.values[()] = sums.get("prefix_query_tokens", 0.0)
         self.prefix_hits.values[()] = sums.get("prefix_hit_tokens", 0.0)
@@ -422,9 +425,28 @@ class Metrics:
         for family in [*self.families, *([self.cache_info] if self.cache_info else [])]:
             yield from family.collect()
 
-    def text(self) -> bytes:
-        """All metrics as text, of type `CONTENT_TYPE`."""
-        return generate_latest(self.registry)
+    def text(self, families: Iterable[Any] | None = None) -> bytes:
+        """All metrics as text, of type `CONTENT_TYPE`.
+
+        With `families`, which `collect` gave on the event loop, it may be called on another thread.
+        """
+        return generate_latest(_Given(self.collect() if families is None else families, self._processes))
+
+    def _pid_of_engine(self) -> int:
+        # No process has the number 0: where the engine has none of its own, there are no numbers of it.
+        return self._engine_pid or 0
+
+
+class _Given(Collector):
+    """Families that are there already, and those of the process."""
+
+    def __init__(self, families: Iterable[Any], processes: Iterable[Collector]) -> None:
+        self._families, self._processes = families, processes
+
+    def collect(self) -> Iterator[Any]:
+        yield from self._families
+        for process in self._processes:
+            yield from process.collect()
 
 
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"})

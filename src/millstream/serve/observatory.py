@@ -229,7 +229,7 @@ class Observatory:
     async def look(self, client: EngineClient) -> Load | None:
         """How busy the engine is now, which the gauges then show; None when it does not answer."""
         load = await load_of(client)
-        for _ in range(self.metrics.restarts_missed(client)):
+        for _ in range(self.metrics.look_at(client)):
             self.restarted()
         self.metrics.loaded(load, await client.ready())
         return load

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -40,6 +42,7 @@ def series() -> dict[str, set[str]]:
     watched.begin("y", "chat", "/v1/chat/completions").end(429, shed="queue_full")
     watched.hear(Stepped(0.0, 1, 0.1, 2, 3, 2, 0, 1, 9, 0.001))
     metrics.hear(Preempted(0.0, None, "recompute"))
+    metrics.look_at(SimpleNamespace(losses=0, resumed=0, engine_pid=os.getpid()))
     metrics.loaded(Load(0, 1, 9, 10, {"steps": 1}))
     metrics.describe_cache(block_size=16)
     metrics.http("GET", "/metrics", 200, 0.1, 1, 2)
@@ -49,8 +52,8 @@ def series() -> dict[str, set[str]]:
             found.setdefault(sample.name, set()).update(sample.labels)
     if sys.platform != "linux":
         # Where there is no /proc these are not known.
-        for name in ("process_open_fds", "process_resident_memory_bytes", "process_cpu_seconds_total"):
-            found.setdefault(name, set())
+        for name in ("open_fds", "resident_memory_bytes", "cpu_seconds_total"):
+            found |= {f"process_{name}": set(), f"millstream_engine_process_{name}": set()}
     return found
 
 
