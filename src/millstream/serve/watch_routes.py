@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from millstream.core.client import EngineClient
+from millstream.core.errors import BadRequest, UnknownName
 from millstream.serve.metrics import CONTENT_TYPE
 from millstream.serve.observatory import Observatory, playground_state
 from millstream.serve.playground import HEADERS, pages
@@ -21,13 +22,16 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 
 def routes(watched: Observatory, client: EngineClient, owner: Callable[[Request], str]) -> list[Route]:
-    """For the API's app. `owner` names the tenant whose key a request came with."""
+    """For the API's app. `owner` names the tenant whose key a request came with.
+
+    Handlers raise BadRequest and UnknownName.
+    """
     files = pages()
 
     def file_of(request: Request, name: str) -> Response:
         page = files.get(name)
         if page is None:
-            return _error(404, f"there is no file {name[:80]!r} in the playground")
+            raise UnknownName("page of the playground", name[:80], ())
         if request.headers.get("If-None-Match") == page.etag:
             return Response(status_code=304, headers={**HEADERS, "ETag": page.etag})
         return Response(page.body, media_type=page.content_type, headers={**HEADERS, "ETag": page.etag})
@@ -41,7 +45,7 @@ def routes(watched: Observatory, client: EngineClient, owner: Callable[[Request]
     async def state(request: Request) -> Response:
         text = request.query_params.get("since", "0")
         if not text.isascii() or not text.isdecimal() or len(text) > 18:
-            return _error(400, f"since: got {text[:80]!r}, allowed is the number of a step", "since")
+            raise BadRequest("since", text, "the number of a step")
         load = await watched.look(client)
         return _json(playground_state(watched, load, await client.ready(), int(text)))
 
@@ -77,14 +81,9 @@ def _timeline(watched: Observatory, request_id: str, owner: str | None) -> Respo
     found = watched.timelines.get(request_id, owner)
     if found is None:
         # Another tenant's is no different from one that never was.
-        return _error(404, f"there is no timeline of a request {request_id[:80]!r}; the last few thousand are kept")
+        raise UnknownName("timeline of a request", request_id[:80], (), "Those of the last few thousand are kept")
     return _json(found.as_dict())
 
 
-def _json(value: object, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json", headers=NO_STORE)
-
-
-def _error(status: int, message: str, param: str | None = None) -> Response:
-    kind = "not_found_error" if status == 404 else "invalid_request_error"
-    return _json({"error": {"message": message, "type": kind, "param": param, "code": None}}, status)
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json", headers=NO_STORE)

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from watched_bench import WatchedBench
 
 from millstream.core.clock import WallClock
+from millstream.core.errors import BadRequest, UnknownName
 from millstream.core.request import Request as Ask
 from millstream.core.request import SamplingParams, Tokens
 from millstream.engine.thread import AsyncEngine, EngineThread
@@ -39,6 +40,13 @@ class SlowRunner:
     def collect(self, ticket: Any) -> Any:
         time.sleep(self.step_s)
         return self._runner.collect(ticket)
+
+
+def _told(status: int) -> Any:
+    async def answer(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": {"message": str(error)}}, status)
+
+    return answer
 
 
 class PlaygroundServer:
@@ -60,7 +68,8 @@ class PlaygroundServer:
             Route("/v1/completions", self._completions, methods=["POST"]),
         ]
         watched = [self._locked(route) for route in routes(self.watched, self.client, lambda request: "me")]
-        app = Starlette(routes=[*map(self._locked, own), *watched], lifespan=self._life)
+        told = {BadRequest: _told(400), UnknownName: _told(404)}
+        app = Starlette(routes=[*map(self._locked, own), *watched], lifespan=self._life, exception_handlers=told)
         config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)

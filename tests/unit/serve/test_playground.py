@@ -112,6 +112,18 @@ def test_only_the_files_of_the_playground_are_served(server, path):
     assert refused.value.code == 404
 
 
+def test_routes_say_what_they_have_and_metrics_are_among_them(server):
+    with urllib.request.urlopen(f"{server.url}metrics") as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        text = answer.read().decode()
+    assert 'millstream_engine_up{engine="0",model_name="tiny"} 1.0' in text
+    assert 'millstream_ready{engine="0",model_name="tiny"} 1.0' in text
+    for path in ("v1/requests/chatcmpl-none/timeline", "v1/requests/%00/timeline"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url + path)
+        assert refused.value.code == 404
+
+
 @pytest.mark.parametrize("since", ["-1", "x", "1e3", "9" * 40, "%F0%9F%98%80"])
 def test_a_step_that_is_no_number_is_a_bad_request(server, since):
     with pytest.raises(urllib.error.HTTPError) as refused:
