@@ -101,3 +101,23 @@ def test_the_mask_takes_out_what_it_does_not_name_and_all_beyond_its_end(short):
     assert torch.equal(logits[0], before[0]) and torch.isinf(logits[1]).sum() == 40 - len(named)
     assert [ask.may(18) for ask in asks] == [True, True] and [ask.may(2) for ask in asks] == [True, False]
     assert asks[1].may(39) is not short
+
+
+def test_a_token_found_without_logits_is_the_one_that_they_give(subject):
+    """Forced tokens, and likeliest ones that are allowed, are settled before any logits are kept."""
+    asked = [TEENS, ODD, PAIR, Structured.regex("7{9}|123456789")]
+    plain = [subject.alone(subject.prompt(9 + n, n), params(one, logprobs=None)) for n, one in enumerate(asked)]
+    kept = [subject.alone(subject.prompt(9 + n, n), params(one, logprobs=0)) for n, one in enumerate(asked)]
+    for one, other in zip(plain, kept, strict=True):
+        assert one.tokens() == other.tokens() and one.finish() is other.finish()
+    method, free = Autoregressive(), SampleAsk(SamplingParams(temperature=0.7), 0, 0, 1, 1)
+    assert method.forced(dataclasses.replace(free, allowed=bytes([0, 0b100]))) == 10
+    for ask in (
+        free,
+        dataclasses.replace(free, allowed=bytes([0b101])),
+        dataclasses.replace(free, allowed=bytes(2)),
+        dataclasses.replace(free, allowed=bytes([1]), top_logprobs=0),
+        dataclasses.replace(free, allowed=bytes([1]), banned=(0,)),
+        dataclasses.replace(free, allowed=bytes([1]), params=SamplingParams(logit_bias={0: -100.0})),
+    ):
+        assert method.forced(ask) is None

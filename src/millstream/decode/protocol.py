@@ -74,10 +74,12 @@ class LogitRule(Protocol):
     """Device half of a rule: changes the logits of the rows that ask for it, in place, before a token is chosen.
 
     Rules run by rising `order`, those of one order by name: what adds (100), as in vLLM, before what scales by history
-    (200), and what forbids (300) last, so that nothing makes a forbidden token likelier again.
+    (200), and what forbids (300) last, so that nothing makes a forbidden token likelier again. One with `only_forbids`
+    takes out the tokens that the ask does not allow (`SampleAsk.may`), and changes nothing else.
     """
 
     order: int
+    only_forbids: bool
 
     def applies(self, ask: SampleAsk) -> bool: ...
 

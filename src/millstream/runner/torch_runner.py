@@ -204,20 +204,28 @@ class TorchRunner:
         return tokens, logprobs, faults
 
     def _best(self, x: torch.Tensor, asking: list[_Row], tokens: dict[int, int], faults: dict[int, str]) -> list[_Row]:
-        """Settles the rows of which only the likeliest token matters; returns the others."""
+        """Settles the rows that have no choice, or of which only the likeliest token matters; returns the others."""
         rest: list[_Row] = []
-        plain: list[_Row] = []
+        plain: list[tuple[_Row, SampleAsk]] = []
         for row in asking:
-            ask = row.extend.sample
-            wanted = ask is not None and self._method(row.extend.decode).only_best(ask)
-            (plain if wanted else rest).append(row)
+            ask, method = row.extend.sample, self._method(row.extend.decode)
+            assert ask is not None
+            forced = method.forced(ask)
+            if forced is not None and forced < self.decoder.spec.vocab_size:
+                tokens[row.extend.seq] = forced
+            elif method.only_best(ask):
+                plain.append((row, ask))
+            else:
+                rest.append(row)
         if plain:
-            best, most = self.decoder.best(x, [row.first + len(row.tokens) - 1 for row in plain])
-            for row, token, logit in zip(plain, best, most, strict=True):
-                if math.isfinite(logit):
+            best, most = self.decoder.best(x, [row.first + len(row.tokens) - 1 for row, _ in plain])
+            for (row, ask), token, logit in zip(plain, best, most, strict=True):
+                if not math.isfinite(logit):
+                    faults[row.extend.seq] = NOT_FINITE
+                elif ask.may(token):
                     tokens[row.extend.seq] = token
                 else:
-                    faults[row.extend.seq] = NOT_FINITE
+                    rest.append(row)
         return rest
 
     def _history(self, row: _Row) -> list[int]:

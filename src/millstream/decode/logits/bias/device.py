@@ -13,6 +13,7 @@ BANS = -100.0
 
 class Bias:
     order = 100
+    only_forbids = False
 
     def applies(self, ask: SampleAsk) -> bool:
         return bool(ask.banned or ask.params.logit_bias)

@@ -12,6 +12,7 @@ from millstream.core.plan import SampleAsk
 
 class Grammar:
     order = 300
+    only_forbids = True
 
     def applies(self, ask: SampleAsk) -> bool:
         return ask.allowed is not None

@@ -11,6 +11,7 @@ from millstream.core.plan import SampleAsk
 
 class Penalties:
     order = 200
+    only_forbids = False
 
     def applies(self, ask: SampleAsk) -> bool:
         return ask.params.reads_history

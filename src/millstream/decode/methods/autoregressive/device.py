@@ -22,9 +22,20 @@ class Autoregressive:
         self._rules = sorted(rules, key=lambda rule: rule.order)
 
     def only_best(self, ask: SampleAsk) -> bool:
-        """Whether the row's likeliest token is all that matters, so that no logits need be kept."""
-        plain = ask.params.greedy and ask.top_logprobs is None and not ask.banned
-        return plain and not any(rule.applies(ask) for rule in self._rules)
+        """Whether the row's likeliest token is all that matters, so that no logits need be kept.
+
+        That token is the choice if `ask.may` it be; else there is a choice among those that may.
+        """
+        if not ask.params.greedy or ask.top_logprobs is not None:
+            return False
+        return not any(rule.applies(ask) for rule in self._rules if not getattr(rule, "only_forbids", False))
+
+    def forced(self, ask: SampleAsk) -> int | None:
+        """The token of a row that has no choice, whatever its logits; None for one that has, or has more to tell."""
+        if ask.allowed is None or ask.top_logprobs is not None or ask.banned or ask.params.logit_bias:
+            return None
+        bits = int.from_bytes(ask.allowed, "little")
+        return bits.bit_length() - 1 if bits and not bits & (bits - 1) else None
 
     def settle(
         self, logits: torch.Tensor, asks: Seq[SampleAsk], histories: Seq[Seq[int]]
