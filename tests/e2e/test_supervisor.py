@@ -80,7 +80,7 @@ class Server:
 
     def children(self) -> dict[str, int]:
         """Process ids by the name of the script."""
-        found = children_of(self.process.pid)
+        found = {Path(words[1]).stem: pid for pid, words in children_of(self.process.pid).items() if len(words) > 1}
         self.seen |= set(found.values())
         return found
 
@@ -132,16 +132,15 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
 
 
-def children_of(pid: int) -> dict[str, int]:
-    """The process ids of a process's children, by the first word after the program's name."""
+def children_of(pid: int) -> dict[int, list[str]]:
+    """The process ids of a process's children, and the words of each one's command."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if parent == pid and len(words) > 1:
-                    found[Path(words[1].decode()).stem] = int(entry.name)
+                if parent == pid:
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().decode().split("\0")
     return found
 
 
@@ -224,11 +223,11 @@ def test_what_a_killed_engine_had_started_ends_with_it(server):
     one = server(helper=True)
     one.until_ready()
     engine = one.pid("null_process")
-    (helper,) = children_of(engine).values()
+    (helper,) = children_of(engine)
     os.kill(engine, signal.SIGKILL)
     one.until(lambda: not alive(helper), "it ends")
     one.until_ready()
-    (helper,) = children_of(one.pid("null_process")).values()
+    (helper,) = children_of(one.pid("null_process"))
     one.signal(signal.SIGTERM)
     assert one.wait() == Exit.DONE and not alive(helper)
 

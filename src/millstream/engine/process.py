@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from millstream.config.load import build, read_file
 from millstream.config.schema import EngineConfig
@@ -360,8 +360,8 @@ class _Client(asyncio.Protocol):
         self._frames = wire.Frames(wire.MAX_TO_ENGINE)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # Other loops have transports of their own, which are like these.
+        self.transport = cast(asyncio.Transport, transport)
         sock = transport.get_extra_info("socket")
         if not wire.peer_is_us(sock):
             self.server.counters["refused_peers"] += 1

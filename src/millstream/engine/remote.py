@@ -512,8 +512,8 @@ class _Link(asyncio.Protocol):
         self._frames = wire.Frames(wire.MAX_TO_CLIENT)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # Other loops have transports of their own, which are like these.
+        self.transport = cast(asyncio.Transport, transport)
         if not wire.peer_is_us(transport.get_extra_info("socket")):
             _log.error("%s belongs to another user", self.remote.path)
             self.cut()

@@ -302,6 +302,25 @@ def test_events_tell_the_story_of_each_request(engine):
     run(main)
 
 
+def test_it_is_the_same_on_uvloop(engine):
+    uvloop = pytest.importorskip("uvloop")
+    process = engine(step_s=0.002)
+
+    async def main():
+        async with client(process) as remote:
+            task = asyncio.ensure_future(hear(remote, asked(remote, **CASES["seeded"])))
+            await asyncio.sleep(0.02)
+            process.kill()
+            await asyncio.to_thread(process.wait)
+            process.start()
+            same(await task, here("seeded"))
+            assert (await hear(remote, asked(remote, 200), until=3)).tokens()
+            await at_rest(remote)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(main(), 60))
+
+
 # -- aborts
 
 
