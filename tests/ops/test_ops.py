@@ -9,6 +9,7 @@ from millstream.ops import cases, table
 from millstream.ops.cpu import blocks as _blocks  # noqa: F401 - registers
 from millstream.ops.cpu import channel as _channel  # noqa: F401 - registers
 from millstream.ops.cpu import fpx as _fpx  # noqa: F401 - registers
+from millstream.ops.cpu import fused as _fused  # noqa: F401 - registers
 from millstream.ops.cpu import kv_write as _kv_write  # noqa: F401 - registers
 from millstream.ops.cpu import kv_write_codes as _kv_write_codes  # noqa: F401 - registers
 from millstream.ops.cpu import linear as _linear  # noqa: F401 - registers

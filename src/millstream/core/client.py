@@ -37,6 +37,7 @@ class Chunk:
     """News of one output of a request: new tokens, and on the last one why it ended.
 
     `index` tells the outputs of n > 1 apart. `text/` turns tokens into words. `error` is set when `finish` is ERROR.
+    `vector` is what came of a request for an embedding: float32, little-endian, on its last chunk.
     `stop_token`: the last token ended the output and is no part of its text.
     """
 
@@ -77,6 +78,8 @@ class ModelFacts:
     the method of a request that names none. `generation_config` holds the model's own sampling defaults. `config` is
     the engine's config tree, and `decisions` (name, value, reason) what became of each "auto" in it.
     `phases` are seconds of the start, by what was done. `seed` is the config's, for requests that have none.
+    `vectors`, of a model that gives vectors: their `width`, the `pooling`, whether they have length 1 (`normalize`),
+    and for a classifier how many `labels` it scores.
     """
 
     model: str
@@ -98,6 +101,7 @@ class ModelFacts:
     kv_bytes: int = 0
     seed: int | None = None
     version: str = ""
+    vectors: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineClient(Protocol):

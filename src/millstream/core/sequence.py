@@ -82,6 +82,7 @@ class Sequence:
     preemptions: int = 0
     scored: int = 0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    vector: bytes | None = None  # float32, little-endian: what a request for an embedding gets
     cumulative_logprob: float = 0.0
     cold: bool = False
     void: int = 0

@@ -21,14 +21,22 @@ from millstream.core.client import ModelFacts
 from millstream.core.clock import Clock, WallClock
 from millstream.core.errors import BadRequest, RequestFault
 from millstream.core.events import Event
-from millstream.core.request import Limits, Request
+from millstream.core.request import Kind, Limits, Request
 from millstream.decode.protocol import GuideMaker, Observer
 from millstream.engine.check import check
 from millstream.engine.engine import Engine
 from millstream.engine.knee import Bench, first_knee, keep_knee, known_knee, measured_on
-from millstream.engine.resolve import Machine, Resolved, kv_choice, resolve, whole_blocks, with_knee
+from millstream.engine.resolve import (
+    Machine,
+    Resolved,
+    kv_choice,
+    resolve,
+    resolve_encoder,
+    whole_blocks,
+    with_knee,
+)
 from millstream.memory.ledger import Ledger
-from millstream.models.spec import ModelSpec
+from millstream.models.encoder_spec import AnySpec, EncoderSpec
 from millstream.sched.scheduler import Scheduler
 from millstream.text.tokenizer import Tokenizer
 
@@ -42,7 +50,7 @@ class Assembled:
 
     engine: Engine
     tokenizer: Tokenizer
-    spec: ModelSpec
+    spec: AnySpec
     resolved: Resolved
     built: Any
     source: Any
@@ -72,6 +80,7 @@ def facts_of(made: Assembled, model: str) -> ModelFacts:
         kv_bytes=made.built.kv_bytes,
         seed=config.seed,
         version=__version__,
+        vectors=made.spec.vectors,
     )
 
 
@@ -121,30 +130,45 @@ def assemble(
     knee = known_knee(opened.source, given.model.weights)
     resolved = resolve_for(opened, given, knee)
     config = resolved.config
-    built = compose.build_runner(
-        opened.source,
-        spec,
-        config.model.dtype,
-        config.model.weights,
-        kv_choice(config)[0],
-        resolved.block_size,
-        resolved.blocks,
-        resolved.host_blocks,
-        resolved.plans,
-        resolved.threads,
-        config.runner.attention,
-        config.runner.ops,
-        resolved.prefix_levels,
-        notice,
-    )
+    if isinstance(spec, EncoderSpec):
+        built = compose.build_encoder_runner(
+            opened.source,
+            config.model.dtype,
+            resolved.blocks[spec.groups[0].name],
+            resolved.max_context,
+            resolved.plans,
+            resolved.threads,
+            config.runner.ops,
+            notice,
+        )
+    else:
+        built = compose.build_runner(
+            opened.source,
+            spec,
+            config.model.dtype,
+            config.model.weights,
+            kv_choice(config)[0],
+            resolved.block_size,
+            resolved.blocks,
+            resolved.host_blocks,
+            resolved.plans,
+            resolved.threads,
+            config.runner.attention,
+            config.runner.ops,
+            resolved.prefix_levels,
+            notice,
+        )
     phases.update({f"load: {name}": seconds for name, seconds in built.phases.items()})
     start = time.perf_counter()
-    if tune and knee[0] is None and given.sched.step_tokens == given.sched.meters == "auto":
+    tunable = not isinstance(spec, EncoderSpec) and given.sched.step_tokens == given.sched.meters == "auto"
+    if tune and knee[0] is None and tunable:
         resolved = _tuned(opened, resolved, built.runner, notice)
         lap("step size")
     aside.join()
     if isinstance(tokenizer[0], BaseException):
         raise tokenizer[0]
+    if isinstance(spec, EncoderSpec):
+        built.runner.pair_id = tokenizer[0].last_id
     lap("tokenizer")
     engine = build_engine(built.runner, spec, tokenizer[0], config, resolved, clock, listeners, spec.name)
     lap("engine")
@@ -157,6 +181,8 @@ def resolve_for(opened: Any, config: EngineConfig, knee: tuple[int | None, str] 
     `knee` is what is known of its step size, where the caller has looked already.
     """
     compose = importlib.import_module(COMPOSE)
+    if isinstance(opened.spec, EncoderSpec):
+        return resolve_encoder(config, opened.spec, Machine("cpu", compose.usable_cores(), compose.free_memory()))
     kv, dtype = registry.make("kv", kv_choice(config)[0]), config.model.dtype
     found = known_knee(opened.source, config.model.weights) if knee is None else knee
     machine = Machine("cpu", compose.usable_cores(), compose.free_memory(), *found)
@@ -182,7 +208,7 @@ def _tuned(opened: Any, resolved: Resolved, runner: Any, notice: Any) -> Resolve
 
 def build_engine(
     runner: Any,
-    spec: ModelSpec,
+    spec: AnySpec,
     tokenizer: Tokenizer,
     config: EngineConfig,
     resolved: Resolved,
@@ -206,11 +232,12 @@ def build_engine(
         [registry.make("meter", choice, ledger=ledger) for choice in resolved.meters],
         config.sched.preemption,
     )
-    limits = Limits(spec.vocab_size, resolved.max_context, whole_blocks(spec, resolved.blocks) * capacity.block_size)
+    tokens = whole_blocks(spec, resolved.blocks) * capacity.block_size
+    limits = Limits(spec.vocab_size, resolved.max_context, tokens, spec.kinds)
     makers = [
         cast(GuideMaker, registry.get("logits", name)(tokenizer.vocabulary, spec.vocab_size, tokenizer.stop_ids))
         for name in registry.names("logits")
-        if registry.has("logits", name, "host")
+        if Kind.GENERATE in spec.kinds and registry.has("logits", name, "host")
     ]
     watchers = [registry.get("observer", name) for name in registry.names("observer")]
 

@@ -323,7 +323,7 @@ class Engine:
             else:
                 self._fault(seq, settled.fault)
             return
-        if settled.tokens:
+        if settled.tokens or settled.vector is not None:
             self._doubt = False
         if current:
             seq.in_flight -= count
@@ -334,6 +334,8 @@ class Engine:
             self._tell(told(now, seq.view, extend.start, settled.kept))
         if extend.score is not None:
             self._place_scores(seq, extend, settled)
+        if settled.vector is not None:
+            seq.vector = settled.vector
         if seq.state is State.RUNNING and current:
             self.scheduler.ledger.settle(seq, now)
         group = self._groups[seq.request.id]
@@ -473,7 +475,8 @@ class Engine:
         count = min(8, self.limits.vocab_size, self.limits.max_context - 1, self.limits.kv_tokens)
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         prompt = (Tokens(tuple(range(count))),)
-        self.submit(Request(SELF_TEST, prompt, params, cache_salt="\0self-test", decode=_PLAIN), self._tested)
+        kind = Kind.GENERATE if Kind.GENERATE in self.limits.kinds else Kind.EMBED
+        self.submit(Request(SELF_TEST, prompt, params, kind, cache_salt="\0self-test", decode=_PLAIN), self._tested)
         self._groups[SELF_TEST].seqs[0].cold = True
 
     def _tested(self, chunk: Chunk) -> None:
@@ -554,6 +557,7 @@ class Engine:
                 tokens,
                 logprobs,
                 prompt_logprobs,
+                vector=seq.vector,
                 finish=reason,
                 stop_reason=stop_reason,
                 stop_token=by_token and ends[-1] in seq.stop_ids,

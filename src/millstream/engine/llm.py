@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import queue
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +25,16 @@ from millstream.core.events import Event
 from millstream.core.registry import Choice
 from millstream.core.request import Kind, Request, SamplingParams, Tokens
 from millstream.engine.assemble import Assembled, assemble, facts_of
-from millstream.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, ScoreOutput
+from millstream.engine.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    OutputBuilder,
+    RankedDocument,
+    RequestOutput,
+    ScoreOutput,
+)
 from millstream.engine.thread import AsyncEngine, EngineThread
+from millstream.engine.vectors import best, check_dimensions, check_pairs, floats, probability, shortened, similarity
 from millstream.text.chat import ChatTemplate, encode_chat, template_of
 from millstream.text.grammar.compiler import GrammarCompiler
 from millstream.text.reasoning import opened_by
@@ -275,6 +284,91 @@ class LLM(_Front):
             perplexity = math.exp(-total / count) if count else math.nan
             scored.append(ScoreOutput(out.prompt, ids, positions, total, count, perplexity))
         return scored
+
+    def embed(self, texts: Prompt | Sequence[Prompt], *, dimensions: int | None = None) -> list[EmbeddingOutput]:
+        """The vector of each text, by an embedding model; with `dimensions` cut to so many numbers.
+
+        Raises BadRequest for a model that gives no vectors, and for texts that it cannot take.
+        """
+        many = self._many(texts)
+        check_dimensions(dimensions, self._vector_facts("embed"))
+        prepared = [self._text_ids(text, f"texts[{i}]") for i, text in enumerate(many)]
+        vectors = self._vectors([ids for _, ids in prepared], "texts")
+        return [
+            EmbeddingOutput(text, ids, list(shortened(vector, dimensions)))
+            for (text, ids), vector in zip(prepared, vectors, strict=True)
+        ]
+
+    def similarity(self, first: str | Sequence[str], second: str | Sequence[str]) -> list[float]:
+        """How alike two texts are: one against each of several, or several pairs.
+
+        By an embedding model the cosine of their vectors; by one that scores pairs (a cross-encoder) a number from 0
+        to 1. Raises BadRequest.
+        """
+        ones, others = (
+            [first] if isinstance(first, str) else list(first),
+            [second] if isinstance(second, str) else list(second),
+        )
+        if len(ones) == 1:
+            ones *= len(others)
+        if len(ones) != len(others):
+            raise BadRequest("second", f"{len(others)} texts", f"as many as the first, {len(ones)}, or one first text")
+        if check_pairs(self._vector_facts("score")):
+            ids = [self.tokenizer.encode_pair(one, other) for one, other in zip(ones, others, strict=True)]
+            return [probability(vector[0]) for vector in self._vectors(ids, "pairs")]
+        texts = list(dict.fromkeys([*ones, *others]))
+        vectors = dict(
+            zip(texts, self._vectors([self._text_ids(text, "texts")[1] for text in texts], "texts"), strict=True)
+        )
+        return [similarity(vectors[one], vectors[other]) for one, other in zip(ones, others, strict=True)]
+
+    def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[RankedDocument]:
+        """The documents from the one that fits the query best on, at most `top_n` of them. Raises BadRequest."""
+        if isinstance(documents, str) or not documents:
+            raise BadRequest("documents", documents, "a list of at least one text")
+        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
+            raise BadRequest("top_n", top_n, "an integer from 1")
+        scores = self.similarity(query, documents)
+        return [RankedDocument(place, score, documents[place]) for place, score in best(scores, top_n)]
+
+    def _vector_facts(self, asked: str) -> Mapping[str, Any]:
+        facts = self.assembled.spec.vectors
+        if not facts:
+            raise BadRequest("model", self.model, f"one that gives vectors, such as all-minilm-l6-v2, to {asked}")
+        return facts
+
+    def _text_ids(self, text: Prompt, param: str) -> tuple[str | None, list[int]]:
+        found, ids = self.prompt_ids(text, param)
+        if found is not None and not self.tokenizer.says_something(ids):
+            raise BadRequest(param, found, "a text of at least one token")
+        return found, ids
+
+    def _vectors(self, prompts: Sequence[list[int]], param: str) -> list[array[float]]:
+        """One vector for each prompt, in order; they run together. Raises BadRequest and RequestFault."""
+        vectors: dict[int, array[float]] = {}
+        ended: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        requests = []
+        for place, ids in enumerate(prompts):
+            request = self.request(ids, SamplingParams(max_tokens=1), kind=Kind.EMBED)
+            try:
+                self.assembled.engine.num_outputs(request)
+            except BadRequest as error:
+                raise BadRequest(f"{param}[{place}]: {error.param}", error.got, error.allowed) from None
+            requests.append(request)
+        unfinished = {request.id for request in requests}
+        try:
+            for request in requests:
+                self.thread.submit(request, ended.put)
+            while unfinished:
+                chunk = ended.get()
+                unfinished.discard(chunk.request_id)
+                if chunk.vector is None:
+                    raise RequestFault(chunk.error or "the request ended without a vector")
+                vectors[chunk.request_id] = floats(chunk.vector)
+        finally:
+            for request_id in unfinished:
+                self.thread.abort(request_id)
+        return [vectors[request.id] for request in requests]
 
     def beam_search(
         self,

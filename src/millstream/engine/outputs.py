@@ -81,6 +81,24 @@ class ScoreOutput:
     perplexity: float
 
 
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The vector of one text."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: list[float]
+
+
+@dataclass(slots=True)
+class RankedDocument:
+    """A document's place among those that were given, and how well it fits."""
+
+    index: int
+    score: float
+    document: str
+
+
 class OutputBuilder:
     """Folds the chunks of one request into its RequestOutput, text included, with the spelling of `shown` tokens."""
 

@@ -11,6 +11,7 @@ from millstream.config.schema import SHARED_PREFIX, EngineConfig
 from millstream.core.cache import ALL_LEVELS, CacheGroup, Keep
 from millstream.core.errors import ConfigError
 from millstream.core.registry import Choice
+from millstream.models.encoder_spec import AnySpec, EncoderSpec
 from millstream.models.spec import ModelSpec
 
 # Where nothing was measured on this machine: a few times the point where compute overtakes reading the weights.
@@ -21,6 +22,8 @@ CPU_BLOCK_SIZE = 64
 KV_SHARE = 0.4
 MAX_KV_BYTES = 8 << 30
 MAX_HOST_BYTES = 4 << 30
+# Of an encoder: products are as fast as they get well below, and a text that comes waits for a whole step.
+ENCODER_STEP_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,68 @@ def resolve(
     )
 
 
+def resolve_encoder(config: EngineConfig, spec: EncoderSpec, machine: Machine) -> Resolved:
+    """Settles every "auto" for an encoder: texts are computed whole and nothing of them is kept. Raises ConfigError."""
+    notes: list[Decision] = []
+
+    def decide(name: str, value: object, reason: str) -> None:
+        notes.append(Decision(name, str(value), reason))
+
+    if config.model.weights != "dense":
+        raise ConfigError(
+            f"model.weights is {config.model.weights!r}: {spec.name} is an encoder, whose weights are kept dense"
+        )
+    threads = config.runner.threads
+    if threads == "auto":
+        threads = machine.cores
+        decide("runner.threads", threads, f"{machine.cores} cores may be used by this process")
+    plans = config.runner.plans
+    if plans == "auto":
+        plans = 1 if machine.device == "cpu" else 2
+        decide("runner.plans", plans, "on a CPU the host's work would take cores from the forward pass")
+    max_context = config.model.max_context
+    if max_context == "auto":
+        max_context = spec.usual_context or spec.context
+        reason = "what the model was made for"
+        if max_context < spec.context:
+            reason = f"what its authors advise; it has positions for {spec.context}"
+        decide("model.max_context", max_context, reason)
+    max_rows = config.sched.max_rows
+    if max_rows == "auto":
+        max_rows = DEFAULT_MAX_ROWS
+        decide("sched.max_rows", max_rows, "texts in one step")
+    step_tokens = config.sched.step_tokens
+    if step_tokens == "auto":
+        step_tokens = ENCODER_STEP_TOKENS
+        decide("sched.step_tokens", step_tokens, "larger steps are no faster and make others wait longer")
+    for name, value, high in (
+        ("runner.threads", threads, None),
+        ("runner.plans", plans, 2),
+        ("model.max_context", max_context, spec.context),
+        ("sched.max_rows", max_rows, None),
+        ("sched.step_tokens", step_tokens, None),
+    ):
+        if value < 1 or (high is not None and value > high):
+            raise ConfigError(f"{name}: got {value}, allowed is 1 {'or more' if high is None else f'to {high}'}")
+    meters = config.sched.meters
+    if meters == "auto":
+        meters = (
+            Choice("orca", {"max_tokens": step_tokens}),
+            Choice("seats", {"max_rows": max_rows}),
+            Choice("kv-blocks", {"watermark": 0.0}),
+        )
+        notes.append(Decision("sched.meters", ", ".join(map(str, meters)), "texts whole, as many as fit a step"))
+    group = spec.groups[0].name
+    config = replace(
+        config,
+        cache=replace(config.cache, kv=Choice("plain"), prefix=Choice("none")),
+        sched=replace(config.sched, preemption="recompute"),
+    )
+    return Resolved(
+        config, max_context, max_context, {group: max_rows}, {group: 0}, plans, threads, meters, tuple(notes)
+    )
+
+
 def with_knee(resolved: Resolved, step_tokens: int, source: str) -> Resolved:
     """The same with steps of a size measured since, where step size and meters were "auto". Nothing else is decided
     anew: by then the pages exist."""
@@ -262,7 +327,7 @@ def _host_blocks(
     return {name: int(count * min(1.0, budget / total)) for name, count in blocks.items()}
 
 
-def whole_blocks(spec: ModelSpec, blocks: Mapping[str, int]) -> int:
+def whole_blocks(spec: AnySpec, blocks: Mapping[str, int]) -> int:
     """Blocks that bound how long one sequence can get: those of the groups that keep every token.
 
     Where no group does, the smallest of all.

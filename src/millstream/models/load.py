@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import torch
 
 from millstream.core import registry
-from millstream.core.errors import BadFile, ConfigError, nearest
+from millstream.core.errors import BadFile, ConfigError, Unsupported, nearest
 from millstream.models.cache import keep, load_tensors
 from millstream.models.decoder import Decoder, build
+from millstream.models.encoder import Encoder, build_encoder
+from millstream.models.encoder_spec import AnySpec, EncoderSpec
 from millstream.models.families.protocol import Family, find_family
 from millstream.models.opened import model_spec
 from millstream.models.source import ModelSource
@@ -66,6 +68,8 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True,
 
     family = find_family(source.config)
     spec = model_spec(source, family)
+    if not isinstance(spec, ModelSpec):
+        raise Unsupported(f"{source.id} is an encoder: it gives vectors and no tokens")
     lap("config")
     if source.packing:
         from millstream.models.packed import packed_tensors
@@ -111,8 +115,31 @@ def load_model(source: ModelSource, dtype: str = "float32", cached: bool = True,
     return LoadedModel(spec, decoder, report)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedEncoder:
+    encoder: Encoder
+    report: LoadReport
+
+
+def load_encoder(source: ModelSource, dtype: str = "float32") -> LoadedEncoder:
+    """Loads an encoder whole. Raises as `load_model`, and Unsupported for a model that is none."""
+    report = LoadReport()
+    dtype_bytes(dtype)
+    start = time.perf_counter()
+    family = find_family(source.config)
+    spec = model_spec(source, family)
+    if not isinstance(spec, EncoderSpec):
+        raise Unsupported(f"{source.id} is a model of the family {spec.family!r}, which is no encoder")
+    ready, report.copied_bytes = prepare(source, family, spec, load_tensors(source, getattr(torch, dtype)))
+    report.phases["weights"] = time.perf_counter() - start
+    encoder = build_encoder(spec, ready, dtype)
+    report.weight_bytes = encoder.weight_bytes
+    report.phases["build"] = time.perf_counter() - start - report.phases["weights"]
+    return LoadedEncoder(encoder, report)
+
+
 def prepare(
-    source: ModelSource, family: Family, spec: ModelSpec, tensors: Mapping[str, torch.Tensor]
+    source: ModelSource, family: Family, spec: AnySpec, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], int]:
     """The tensors of `spec.tensors()` out of a checkpoint's, and how many bytes had to be copied for it.
 
@@ -133,11 +160,11 @@ def prepare(
     return ready, copied
 
 
-def _parts(spec: ModelSpec) -> dict[str, tuple[int, TensorSpec]]:
+def _parts(spec: AnySpec) -> dict[str, tuple[int, TensorSpec]]:
     return {name: (rows, tensor) for tensor in spec.tensors() for name, rows in tensor.parts}
 
 
-def _check_shapes(source: ModelSource, spec: ModelSpec, spelled: Mapping[str, str]) -> None:
+def _check_shapes(source: ModelSource, spec: AnySpec, spelled: Mapping[str, str]) -> None:
     for name, (rows, tensor) in _parts(spec).items():
         shape, found = (rows, *tensor.shape[1:]), tuple(source.shape(spelled[name]))
         if found != shape:
@@ -147,14 +174,13 @@ def _check_shapes(source: ModelSource, spec: ModelSpec, spelled: Mapping[str, st
 
 
 def _spelled(
-    source: ModelSource, family: Family, spec: ModelSpec, parts: Mapping[str, tuple[int, TensorSpec]]
+    source: ModelSource, family: Family, spec: AnySpec, parts: Mapping[str, tuple[int, TensorSpec]]
 ) -> dict[str, str]:
     """Our name of each part -> the checkpoint's name of it."""
     spelled: dict[str, str] = {}
     for name in source.tensor_names():
         ours = family.rename(name)
-        # A tied checkpoint may store the head again; it is the embedding.
-        if ours is None or (ours == "head.weight" and spec.tied):
+        if ours is None or ours in spec.spare:
             continue
         if ours not in parts:
             raise BadFile(source.path, f"tensor {name!r} is not one that this {family.name} model has")

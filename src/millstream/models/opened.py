@@ -9,10 +9,11 @@ from typing import Any
 from millstream.config.load import home
 from millstream.core.errors import BadFile
 from millstream.models import store
+from millstream.models.encoder_spec import AnySpec, EncoderSpec
 from millstream.models.families.protocol import Family, find_family
 from millstream.models.packed import TOKENIZER, packed_spec
+from millstream.models.sentence import as_told
 from millstream.models.source import ModelSource, open_source
-from millstream.models.spec import ModelSpec
 from millstream.text import built, from_folder, from_gguf
 from millstream.text.tokenizer import Tokenizer
 
@@ -22,7 +23,7 @@ class Opened:
     """`spec` is named by the id that the model was asked for."""
 
     source: ModelSource
-    spec: ModelSpec
+    spec: AnySpec
 
     def tokenizer(self) -> Tokenizer:
         """Raises BadFile and Unsupported."""
@@ -41,12 +42,14 @@ def open_model(name: str, progress: Any = None, notice: Any = None) -> Opened:
     return Opened(source, model_spec(source))
 
 
-def model_spec(source: ModelSource, family: Family | None = None) -> ModelSpec:
+def model_spec(source: ModelSource, family: Family | None = None) -> AnySpec:
     """The spec of a source, with the formats that it is packed in, named by its id; errors name its file."""
     try:
         spec = (family or find_family(source.config)).spec(source.config)
     except BadFile as error:
         raise BadFile(source.path, error.what) from error
-    if source.packing:
+    if isinstance(spec, EncoderSpec):
+        spec = as_told(spec, source.path)
+    elif source.packing:
         spec = packed_spec(spec, source)
     return replace(spec, name=source.id)

@@ -156,19 +156,31 @@ def _entry(path: Path, name: str, entry: Any, start: int, room: int) -> StoredTe
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 100 MB. Raises BadFile."""
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise BadFile(path, "is not a JSON object")
+    return content
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """A JSON list of objects from a file of at most 100 MB. Raises BadFile."""
+    content = _read_json(path)
+    if not isinstance(content, list) or not all(isinstance(one, dict) for one in content):
+        raise BadFile(path, "is not a JSON list of objects")
+    return content
+
+
+def _read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise BadFile(path, f"is larger than {MAX_HEADER_BYTES} bytes")
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise BadFile(
             path, "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise BadFile(path, f"is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise BadFile(path, "is not a JSON object")
-    return content
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -18,10 +18,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from millstream.core.cache import CacheGroup, Keep
 from millstream.core.errors import ConfigError
+from millstream.core.request import Kind
 
 DTYPE_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 
@@ -295,6 +296,21 @@ class ModelSpec:
                 group = dataclasses.replace(known, num_layers=known.num_layers + 1)
             found[group.name] = group
         return tuple(found.values())
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """What may be asked of it."""
+        return frozenset({Kind.GENERATE, Kind.SCORE})
+
+    @property
+    def vectors(self) -> Mapping[str, Any]:
+        """What there is to know of the vectors that it gives (`ModelFacts.vectors`): it gives none."""
+        return {}
+
+    @property
+    def spare(self) -> frozenset[str]:
+        """Tensors of ours that a checkpoint may hold and that are not needed: a tied one may store the head again."""
+        return frozenset({"head.weight"} if self.tied else ())
 
     @property
     def group_layers(self) -> tuple[int, ...]:

@@ -13,12 +13,13 @@ import torch
 from millstream.config.load import home
 from millstream.core import registry
 from millstream.core.registry import Choice
-from millstream.models.load import load_model
+from millstream.models.load import load_encoder, load_model
 from millstream.models.source import ModelSource
 from millstream.models.spec import ModelSpec
 from millstream.ops import table
 from millstream.ops.attention.protocol import AttentionAsk, AttentionBackend, choose
 from millstream.ops.cpu import build
+from millstream.runner.encoder_runner import EncoderRunner
 from millstream.runner.torch_runner import TorchRunner
 
 
@@ -97,6 +98,42 @@ def build_runner(
         why = "attention is " + ", ".join(sorted(set(names.values())))
     return Built(
         runner, loaded.report.weight_bytes, kv_bytes, names, refusals, why, loaded.decoder.format_bytes(), phases
+    )
+
+
+@dataclass(slots=True)
+class BuiltEncoder:
+    """The same of an encoder, which keeps no keys and values."""
+
+    runner: EncoderRunner
+    weight_bytes: int
+    formats: dict[str, int]
+    kv_bytes: int = 0
+    attention: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    program: str | None = "an encoder"
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def build_encoder_runner(
+    source: ModelSource,
+    dtype: str,
+    rows: int,
+    context: int,
+    plans: int,
+    threads: int,
+    ops: str,
+    notice: Callable[[str], None] | None = None,
+) -> BuiltEncoder:
+    """Loads an encoder's weights. Raises ModelError and ConfigError."""
+    build.configure(directory=home() / "kernels", notice=notice)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    with table.use("ref" if ops == "ref" else "auto"):
+        loaded = load_encoder(source, dtype)
+    runner = EncoderRunner(loaded.encoder, rows, context, plans)
+    return BuiltEncoder(
+        runner, loaded.report.weight_bytes, {"dense": loaded.report.weight_bytes}, phases=loaded.report.phases
     )
 
 

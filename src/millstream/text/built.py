@@ -143,6 +143,7 @@ def _facts_to(facts: Facts) -> dict[str, Any]:
         "strip_prefix": facts.strip_prefix,
         "stop_ids": sorted(facts.stop_ids),
         "chat_templates": dict(facts.chat_templates),
+        "last_id": facts.last_id,
     }
 
 

@@ -32,12 +32,12 @@ _MAX_ID = 1 << 24
 def load_folder_tokenizer(folder: str | Path, cache_dir: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a folder with a `tokenizer.json`.
 
-    Reads besides, where they exist: tokenizer_config.json, special_tokens_map.json, generation_config.json,
-    config.json (ids that end an answer) and the chat template (chat_template.jinja, chat_template.json, or in
-    tokenizer_config). BOS is put in front when tokenizer_config says add_bos_token, or, where it says nothing, when
-    the tokenizer's own post-processor does so. `cache_dir` keeps the rebuilt tokenizer by the checksum of all these
-    files. Raises BadFile for a damaged folder, Unsupported for a tokenizer that is neither byte-level nor
-    SentencePiece-like.
+    Reads besides, where they exist: tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json
+    (ids that end an answer) and the chat template (chat_template.jinja, chat_template.json, or in tokenizer_config).
+    BOS is put in front when tokenizer_config says add_bos_token, or, where it says nothing, when the tokenizer's own
+    post-processor does so; one of WordPiece puts its last token behind as well. `cache_dir` keeps the rebuilt tokenizer
+    by the checksum of all these files. Raises BadFile for a damaged folder, Unsupported for a tokenizer that is neither
+    byte-level nor SentencePiece-like nor WordPiece.
     """
     folder = Path(folder)
     main = folder / "tokenizer.json"
@@ -70,8 +70,8 @@ class _Folder:
         config = self.json("tokenizer_config.json")
         model = _dict(spec.get("model"))
         kind = model.get("type", "BPE" if "merges" in model else None)
-        if kind not in ("BPE", "Unigram"):
-            raise Unsupported(f"{self.main}: tokenizer model {kind!r}; there are: BPE, Unigram")
+        if kind not in ("BPE", "Unigram", "WordPiece"):
+            raise Unsupported(f"{self.main}: tokenizer model {kind!r}; there are: BPE, Unigram, WordPiece")
         vocab = self.vocab(model)
         added = self.added(spec, config)
         specials = {
@@ -88,7 +88,7 @@ class _Folder:
         bos_id, eos_id, pad_id, unk_id = (
             self.named(name, config, ids) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         )
-        first = self.first_of_post_processor(spec, ids)
+        first, last = self.ends_of_post_processor(spec, ids)
         add_bos = config.get("add_bos_token")
         if not isinstance(add_bos, bool):
             add_bos = first is not None
@@ -96,7 +96,7 @@ class _Folder:
             bos_id = first
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         spec["added_tokens"] = added
-        if kind == "BPE":
+        if kind != "Unigram":
             spec["added_tokens"] = plain = [token for token in added if not token.get("special")]
             self.drop_specials(model, specials)
             # The library numbers an added token that the vocabulary lacks by counting, not by its given id.
@@ -114,6 +114,7 @@ class _Folder:
             strip_prefix=strip,
             stop_ids=self.stop_ids(eos_id, size),
             chat_templates=self.templates(config),
+            last_id=last if kind == "WordPiece" else None,
         )
         return json.dumps(spec, ensure_ascii=False, separators=(",", ":")), facts
 
@@ -144,19 +145,26 @@ class _Folder:
                 found[int(key)] = {"id": int(key), "content": token["content"], **shape}
         return [found[token_id] for token_id in sorted(found)]
 
-    def spelling(self, spec: Mapping[str, Any]) -> tuple[Literal["byte-level", "sentencepiece"], bool]:
+    def spelling(self, spec: Mapping[str, Any]) -> tuple[Literal["byte-level", "sentencepiece", "wordpiece"], bool]:
         """How tokens are written, and whether decoding takes a first space off."""
         decoders = _parts(spec.get("decoder"), "decoders")
         kinds = {part.get("type") for part in decoders}
         if "ByteLevel" in kinds:
             return "byte-level", False
+        if "WordPiece" in kinds:
+            prefix = next(part.get("prefix", "##") for part in decoders if part.get("type") == "WordPiece")
+            if prefix != "##":
+                raise Unsupported(f"{self.main}: WordPiece that goes on words with {prefix!r}; there is: '##'")
+            return "wordpiece", True
         if "Metaspace" in kinds:
             scheme = next(part for part in decoders if part.get("type") == "Metaspace")
             return "sentencepiece", scheme.get("prepend_scheme", "always") != "never"
         if "Replace" in kinds or "ByteFallback" in kinds:
             return "sentencepiece", any(part.get("type") == "Strip" and part.get("start") for part in decoders)
         names = ", ".join(sorted(str(kind) for kind in kinds)) or "none"
-        raise Unsupported(f"{self.main}: decoder {names}; there are: ByteLevel, Metaspace, Replace with ByteFallback")
+        raise Unsupported(
+            f"{self.main}: decoder {names}; there are: ByteLevel, Metaspace, WordPiece, Replace with ByteFallback"
+        )
 
     def take_prefix(self, spec: dict[str, Any]) -> Literal["never", "first"]:
         """Takes "a space before the first piece" out of `spec`; one before every piece the library can do itself."""
@@ -167,19 +175,27 @@ class _Folder:
                 found = "first"
         return found
 
-    def first_of_post_processor(self, spec: Mapping[str, Any], ids: Mapping[str, int]) -> int | None:
+    def ends_of_post_processor(self, spec: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[int | None, int | None]:
+        """The control tokens that the post-processor puts before and behind a text."""
         for part in _parts(spec.get("post_processor"), "processors"):
             template = part.get("single")
             if part.get("type") == "TemplateProcessing" and isinstance(template, list) and template:
-                name = _dict(_dict(template[0]).get("SpecialToken")).get("id")
-                if isinstance(name, str):
-                    return ids.get(name)
-        return None
+                names = [_dict(_dict(template[place]).get("SpecialToken")).get("id") for place in (0, -1)]
+                found = [ids.get(name) if isinstance(name, str) else None for name in names]
+                return found[0], found[1] if len(template) > 1 else None
+            if part.get("type") == "BertProcessing":
+                ends = [part.get(name) for name in ("cls", "sep")]
+                found = [ids.get(end[0]) if isinstance(end, list) and end else None for end in ends]
+                return found[0], found[1]
+        return None, None
 
     def drop_specials(self, model: dict[str, Any], specials: Mapping[str, Special]) -> None:
         """Control tokens leave the vocabulary, so that no text can merge into one."""
         unk = model.get("unk_token")
         gone = {text for text in specials if text in model["vocab"] and text != unk}
+        if model.get("type") == "WordPiece":
+            model["vocab"] = {text: i for text, i in model["vocab"].items() if text not in gone}
+            return
         merges = model.get("merges")
         if not isinstance(merges, list):
             raise BadFile(self.main, "the merges are missing")

@@ -39,14 +39,15 @@ class Special:
 class Facts:
     """What a tokenizer is, beside its vocabulary and merges.
 
-    `spelling` says how tokens are written: "byte-level" (GPT-2's printable alphabet of bytes) or "sentencepiece"
-    (U+2581 for a space, <0xXX> for a byte). `prefix` says before which pieces of text a space is put: none, the first
-    if it begins the text (and does not begin with a space), or each one, at the start or after a control token.
-    `strip_prefix`: decoding takes that space off again.
+    `spelling` says how tokens are written: "byte-level" (GPT-2's printable alphabet of bytes), "sentencepiece" (U+2581
+    for a space, <0xXX> for a byte) or "wordpiece" (## before what goes on a word). `prefix` says before which pieces of
+    text a space is put: none, the first if it begins the text (and does not begin with a space), or each one, at the
+    start or after a control token. `strip_prefix`: decoding takes that space off again. `last_id` stands behind every
+    text as BOS stands before it.
     """
 
     size: int
-    spelling: Literal["byte-level", "sentencepiece"]
+    spelling: Literal["byte-level", "sentencepiece", "wordpiece"]
     specials: Mapping[str, Special] = field(default_factory=dict)
     bos_id: int | None = None
     eos_id: int | None = None
@@ -57,6 +58,7 @@ class Facts:
     strip_prefix: bool = False
     stop_ids: frozenset[int] = frozenset()
     chat_templates: Mapping[str, str] = field(default_factory=dict)
+    last_id: int | None = None
 
 
 class Tokenizer:
@@ -68,7 +70,7 @@ class Tokenizer:
         self.vocab_size = facts.size
         self.special_ids = frozenset(s.id for s in facts.specials.values())
         self.bos_id, self.eos_id, self.pad_id = facts.bos_id, facts.eos_id, facts.pad_id
-        self.add_bos = facts.add_bos
+        self.add_bos, self.last_id = facts.add_bos, facts.last_id
         self.stop_ids = facts.stop_ids
         self.chat_templates = facts.chat_templates
 
@@ -98,9 +100,9 @@ class Tokenizer:
         """Ids of `text`.
 
         `add_bos`: True puts the BOS in front, False does not, None follows the model's rule (and does not double a BOS
-        that `parse_special` text already begins with). `parse_special`: spellings of control tokens become their ids;
-        else they are text like any other. Raises BadRequest when `text` is no str or holds a lone surrogate, or when
-        `add_bos` is True and the model has no BOS.
+        that `parse_special` text already begins with); where a token stands behind every text, it comes with the BOS.
+        `parse_special`: spellings of control tokens become their ids; else they are text like any other. Raises
+        BadRequest when `text` is no str or holds a lone surrogate, or when `add_bos` is True and the model has no BOS.
         """
         check_text("text", text)
         if parse_special:
@@ -134,6 +136,19 @@ class Tokenizer:
                 ids += self._encode_plain(segment, first=first)
             first = False
         return ids
+
+    def says_something(self, ids: Sequence[int]) -> bool:
+        """Whether the ids of a text hold more than the tokens that stand before and behind every text."""
+        return any(token not in (self.bos_id, self.last_id) for token in ids)
+
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Ids of two texts as one prompt, the model's last token behind each: what a cross-encoder scores.
+
+        Raises BadRequest as `encode`, and for a model without such a token.
+        """
+        if self.last_id is None:
+            raise BadRequest("texts", "a pair", "one text: this model has no token that tells two apart")
+        return [*self.encode(first), *self.encode(second, add_bos=False), self.last_id]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, *, continuation: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` leaves control tokens out.
@@ -186,6 +201,8 @@ class Tokenizer:
         piece: str | None = self._backend.id_to_token(token_id)
         if piece is None:
             return b""
+        if self.facts.spelling == "wordpiece":
+            return (piece[2:] if piece.startswith("##") else " " + piece).encode("utf-8")
         if self.facts.spelling == "sentencepiece":
             byte = BYTE_TOKEN.fullmatch(piece)
             return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_MARK, " ").encode("utf-8")
@@ -231,6 +248,8 @@ class Tokenizer:
                     raise BadRequest("add_bos", True, "False: this model has no BOS token")
             elif not (add_bos is None and parsed and ids and ids[0] == self.bos_id):
                 ids = [self.bos_id, *ids]
+            if self.last_id is not None and not (add_bos is None and parsed and ids[-1:] == [self.last_id]):
+                ids = [*ids, self.last_id]
         return ids
 
 

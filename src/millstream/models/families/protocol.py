@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from millstream.core import registry
 from millstream.core.errors import Unsupported
-from millstream.models.spec import ModelSpec
+from millstream.models.encoder_spec import AnySpec
 
 
 class Family(Protocol):
@@ -19,7 +19,7 @@ class Family(Protocol):
         """Whether a Hugging Face style configuration is one of this family. Never raises."""
         ...
 
-    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+    def spec(self, config: Mapping[str, Any]) -> AnySpec:
         """The model that the configuration describes.
 
         Every field is either used or known to have no say in a forward pass. Raises Unsupported for any other field

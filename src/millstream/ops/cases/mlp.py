@@ -5,7 +5,7 @@ import math
 import torch
 
 from millstream.ops.cases import Case, Table, call, normal
-from millstream.ops.ref.mlp import gelu_mul, gelu_tanh_mul, moe_route, silu_mul
+from millstream.ops.ref.mlp import activate, gelu_mul, gelu_tanh_mul, moe_route, silu_mul
 
 BF16 = torch.bfloat16
 
@@ -22,6 +22,11 @@ def exact_gelu_tanh(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor,
 def exact_gelu(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, ...]:
     g = gate.double()
     return (0.5 * g * torch.special.erfc(-g / math.sqrt(2)) * up.double(),)
+
+
+def exact_alone(x: torch.Tensor, kind: str) -> tuple[torch.Tensor, ...]:
+    gated = {"silu": exact_silu, "gelu": exact_gelu, "gelu-tanh": exact_gelu_tanh}[kind]
+    return gated(x, torch.ones_like(x))
 
 
 def exact_route(
@@ -50,6 +55,17 @@ TABLES = (
     Table(silu_mul, GATED, exact_silu),
     Table(gelu_tanh_mul, GATED, exact_gelu_tanh),
     Table(gelu_mul, GATED, exact_gelu),
+    Table(
+        activate,
+        (
+            *(Case(kind, call(normal(5, 1536), kind), 2e-6, 1e-6) for kind in ("silu", "gelu", "gelu-tanh")),
+            Case("no token", call(normal(0, 64), "gelu"), 0.0),
+            Case("odd width", call(normal(3, 37), "gelu"), 2e-6, 1e-6),
+            Case("large values", call(normal(4, 64, scale=100.0), "gelu"), 2e-5, 1e-6),
+            Case("bfloat16", call(normal(4, 64, dtype=BF16), "gelu"), 2e-2, 1e-2),
+        ),
+        exact_alone,
+    ),
     Table(
         moe_route,
         (

@@ -32,6 +32,14 @@ def gelu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @op
+def activate(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """The activation alone, of an MLP without a gate: "silu", "gelu" (exact) or "gelu-tanh" of x (T, I)."""
+    if kind == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if kind == "gelu-tanh" else "none")
+
+
+@op
 def moe_route(
     logits: torch.Tensor, top_k: int, softmax_first: bool = True, normalize: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
