@@ -14,7 +14,7 @@ import pytest
 from millstream.core.errors import DownloadError
 from millstream.models import store
 
-NAMES = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b")
+NAMES = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b", "all-minilm-l6-v2")
 
 # Taken before any test moves home: models are where the user keeps them.
 _HOME = os.environ.get("MILLSTREAM_HOME")

@@ -187,9 +187,12 @@ def _startup(args: argparse.Namespace) -> int:
 
 
 def _knee(args: argparse.Namespace, llm: LLM) -> int:
+    from millstream.core.errors import Unsupported
     from millstream.engine.knee import SHARE, Bench, keep_knee, measure_knee
 
     made = llm.assembled
+    if made.spec.vectors:
+        raise Unsupported(f"{llm.model} is an encoder, whose steps take whole texts: it has no knee to measure")
     bench = Bench(made.built.runner, made.spec, made.resolved.max_context, made.engine.decode.name)
     knee = measure_knee(bench, repeats=args.repeats or 5, seed=args.seed, say=note)
     about = {"model": llm.model, "formats": _formats(llm), **_machine()}

@@ -14,7 +14,7 @@ from millstream.cli.output import download_progress, emit, json_only, memory_in_
 if TYPE_CHECKING:
     from millstream.engine.llm import LLM
     from millstream.engine.resolve import Resolved
-    from millstream.models.spec import ModelSpec
+    from millstream.models.encoder_spec import AnySpec
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def _from_headers(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _common(model: str, source: Any, spec: ModelSpec, resolved: Resolved) -> dict[str, Any]:
+def _common(model: str, source: Any, spec: AnySpec, resolved: Resolved) -> dict[str, Any]:
     return {
         "model": model,
         "family": spec.family,
@@ -112,14 +112,14 @@ def _ops(dtype: str, use: str, width: int) -> dict[str, dict[str, Any]]:
     return {name: {"chosen": one.chosen, "refused": dict(one.refused)} for name, one in found.items()}
 
 
-def _memory(spec: ModelSpec, resolved: Resolved, weight_bytes: int) -> dict[str, Any]:
+def _memory(spec: AnySpec, resolved: Resolved, weight_bytes: int) -> dict[str, Any]:
     from millstream.core import registry
 
     compose = importlib.import_module("millstream.runner.compose")
     config = resolved.config
     kv = registry.make("kv", config.cache.kv)
     groups, fits = {}, []
-    for group in spec.groups:
+    for group in () if spec.vectors else spec.groups:
         cost = int(kv.page_bytes(group, resolved.block_size, config.model.dtype))
         count, host = resolved.blocks[group.name], resolved.host_blocks.get(group.name, 0)
         kept = resolved.max_context if group.window is None else min(resolved.max_context, group.window)
@@ -148,19 +148,26 @@ def _memory(spec: ModelSpec, resolved: Resolved, weight_bytes: int) -> dict[str,
         "available_bytes": compose.free_memory(),
         "block_size": resolved.block_size,
         "max_context": resolved.max_context,
-        "full_context_sequences": min(fits),
+        "full_context_sequences": min(fits, default=0),
     }
 
 
-def _workspace(spec: ModelSpec, resolved: Resolved) -> tuple[int, str]:
+def _workspace(spec: AnySpec, resolved: Resolved) -> tuple[int, str]:
     """Activations of the largest step: the widest layer's tensors for each token, and the logits of each row."""
+    from millstream.models.encoder_spec import EncoderSpec
     from millstream.models.spec import MoeSpec, dtype_bytes
 
     tokens = rows = 1
     for meter in resolved.meters:
-        tokens = max(tokens, int(meter.options.get("budget", 0)))
+        tokens = max(tokens, int(meter.options.get("budget", meter.options.get("max_tokens", 0))))
         rows = max(rows, int(meter.options.get("max_rows", 0)))
     rows = min(rows, tokens)
+    if isinstance(spec, EncoderSpec):
+        widest = max(3 * spec.width + max(3 * spec.width, 2 * layer.up.out_width) for layer in spec.layers)
+        scores = max(layer.heads for layer in spec.layers) * resolved.max_context**2
+        return (tokens * widest + scores) * dtype_bytes(resolved.config.model.dtype), (
+            f"{tokens} tokens of {widest} values, and one text's scores"
+        )
     widest = 0
     for layer in spec.layers:
         mixer, channel = layer.mixer, layer.channel
@@ -224,6 +231,9 @@ def _print(value: Mapping[str, Any]) -> None:
         )
     )
     print_table(("for", "size", ""), rows, right=(1,))
+    if not memory["kv_groups"]:
+        print("\nan encoder: a text is computed in one step, and nothing of it is kept")
+        return
     print(
         f"\n{memory['full_context_sequences']} sequences of {memory['max_context']:,} tokens fit at once; "
         "KV pages take memory when they are first written"

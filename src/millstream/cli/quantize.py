@@ -72,6 +72,7 @@ def _group(given: str | None) -> int | str:
 
 
 def _quantize(args: argparse.Namespace, recipe: Any) -> dict[str, Any]:
+    from millstream.core.errors import Unsupported
     from millstream.models.opened import open_model
     from millstream.models.quantize.run import float_tensors, quantize
     from millstream.models.quantize.save import check_target, save
@@ -80,6 +81,8 @@ def _quantize(args: argparse.Namespace, recipe: Any) -> dict[str, Any]:
     check_target(args.out)
     with download_progress(args.model) as progress:
         opened = open_model(args.model, progress, note)
+    if opened.spec.vectors:
+        raise Unsupported(f"{args.model} is an encoder; what is quantized are models that generate")
     spec, tensors = float_tensors(opened.source)
     tokens = opened.tokenizer().encode(_text(args.text)) if recipe.needs_text else []
     packed_spec, packed = quantize(spec, tensors, recipe, tokens, _tell(args.model))

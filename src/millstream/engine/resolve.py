@@ -23,7 +23,7 @@ KV_SHARE = 0.4
 MAX_KV_BYTES = 8 << 30
 MAX_HOST_BYTES = 4 << 30
 # Of an encoder: products are as fast as they get well below, and a text that comes waits for a whole step.
-ENCODER_STEP_TOKENS = 1024
+ENCODER_STEP_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,9 @@ _TOKENIZER_FILES = re.compile(
     r"(tokenizer.*|.*\.json|merges\.txt|vocab\.txt|.*\.tiktoken|.*\.jinja|LICENSE.*|NOTICE.*)", re.I
 )
 
+# Of sentence-transformers: how rows become one vector, the one small file that lies in a folder of its own.
+_POOLING = re.compile(r"\d+_Pooling/config\.json")
+
 
 class Progress(Protocol):
     """Told how far a step is. `stage` is "waiting", "download", "assemble" or "verify"; `total_bytes` 0 is unknown."""
@@ -262,9 +265,9 @@ def _wanted(name: HubName, listed: dict[str, _RemoteFile]) -> list[_RemoteFile]:
             )
         there = ", ".join(sorted(top)) or "nothing"
         raise Unsupported(f"{name} has no safetensors with a config.json and no GGUF file; it has: {there}")
-    others = [f for f in top if _TOKENIZER_FILES.fullmatch(f)]
+    others = {f for f in top if _TOKENIZER_FILES.fullmatch(f)} | {f for f in listed if _POOLING.fullmatch(f)}
     # Small files first: a model that is not what was hoped for shows it early.
-    return [top[f] for f in [*sorted(set(others)), *sorted(weights)]]
+    return [listed[f] for f in [*sorted(others), *sorted(weights)]]
 
 
 def _fetch(

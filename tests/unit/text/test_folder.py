@@ -10,8 +10,9 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+import tiny_encoder
 from conftest import CHATML, CODE, CORPUS, LANGUAGES
-from millstream.core.errors import BadFile, Unsupported
+from millstream.core.errors import BadFile, BadRequest, Unsupported
 from millstream.text.from_folder import load_folder_tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -125,7 +126,17 @@ def test_named_templates_are_kept_by_name(tmp_path: Path) -> None:
         ({"generation_config__json": {"eos_token_id": 10**7}}, BadFile, "ids 0 to"),
         ({"tokenizer_config__json": {"chat_template": 5}}, BadFile, "chat_template"),
         ({"tokenizer__json": "{}"}, Unsupported, "model None"),
-        ({"tokenizer__json": {"model": {"type": "WordPiece", "vocab": {}}}}, Unsupported, "'WordPiece'"),
+        ({"tokenizer__json": {"model": {"type": "WordLevel", "vocab": {}}}}, Unsupported, "'WordLevel'"),
+        (
+            {
+                "tokenizer__json": {
+                    "decoder": {"type": "WordPiece", "prefix": "@@"},
+                    "model": {"type": "WordPiece", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"},
+                }
+            },
+            Unsupported,
+            "'@@'",
+        ),
         ({"tokenizer__json": {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}}, BadFile, "vocabulary"),
         ({"tokenizer__json": {"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}}, BadFile, "same id"),
         ({"tokenizer__json": {"model": {"type": "BPE", "vocab": {"a": 10**12}, "merges": []}}}, BadFile, "reach"),
@@ -153,3 +164,46 @@ def test_a_folder_without_tokenizer_json_says_what_it_has(tmp_path: Path) -> Non
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(Unsupported, match=r"has tokenizer\.model but"):
         load_folder_tokenizer(tmp_path)
+
+
+def test_wordpiece_is_framed_as_the_library_frames_it(tmp_path: Path) -> None:
+    backend = tiny_encoder.tokenizer()
+    folder = tiny_encoder.write(tmp_path)
+    ours = load_folder_tokenizer(folder, tmp_path / "cache")
+    again = load_folder_tokenizer(folder, tmp_path / "cache")
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    for text in [
+        "The cat runs, sleeping!",
+        "",
+        " ",
+        "Ünïted",
+        "\u5317\u4eac",
+        "cat" * 60,
+        "[SEP] is text [UNK]",
+        "a\nb",
+    ]:
+        want = backend.encode(text).ids
+        assert ours.encode(text) == again.encode(text) == want, text
+        assert ours.encode_batch([text]) == [want]
+        assert ours.encode(text, add_bos=False) == want[1:-1]
+        assert ours.says_something(want) == (len(want) > 2)
+        # Truncated and padded, as the file would have it, nothing is.
+        assert len(ours.encode(text * 9)) == len(backend.encode(text * 9).ids)
+    assert ours.encode("[CLS] a [SEP]", parse_special=True) == [2, *ours.encode("a", add_bos=False), 3]
+    pair = ours.encode_pair("the cat", "a dog")
+    assert pair == backend.encode("the cat", "a dog").ids
+    assert ours.decode(ours.encode("the catsing")) == "the catsing"
+    assert (ours.bos_id, ours.last_id, ours.pad_id) == (2, 3, 0)
+
+
+def test_only_wordpiece_puts_a_token_behind_a_text(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(end, backend.token_to_id(end)) for end in ("<s>", "</s>")]
+    )
+    tokenizer = load_folder_tokenizer(write(tmp_path, backend))
+    assert tokenizer.encode("a")[0] == 0 and tokenizer.last_id is None and tokenizer.encode("a")[-1] != 1
+    with pytest.raises(BadRequest, match="a pair"):
+        tokenizer.encode_pair("a", "b")
