@@ -7,7 +7,7 @@ of one output into deltas; the whole message is the fold of the same deltas, so 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,25 +80,28 @@ async def plan_chat(
     continue_final_message: bool = False,
     parsers: Parsers = Parsers(),
     thinks: bool = True,
+    aside: Callable[..., Awaitable[list[int]]] | None = None,
 ) -> ChatPlan:
     """Everything about a chat that can be wrong is found here. Raises BadRequest naming the request's field.
 
     `structured` is what `serve/structured.py` made of the request; `thinks` false leaves thinking in the content.
+    `aside` runs the writing of a long prompt elsewhere, so that an event loop goes on.
     """
     check_calls(messages)
     toolbox = toolbox_of(tools, tool_choice, parallel_tool_calls)
     source = None if template is None else template.source
     dialect = dialect_of(tokenizer, parsers.calls, parsers.reasoning, source)
     told, given = plan.prepared(dialect, messages, toolbox)
-    ids = encode_chat(
-        tokenizer,
-        template_of(tokenizer) if template is None else template,
-        told,
-        tools=given,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        **(template_kwargs or {}),
-    )
+    written = template_of(tokenizer) if template is None else template
+    how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+    # A name of ours among the client's is an error of its own, and not two values for one argument.
+    for name in template_kwargs or {}:
+        if name in (*how, "tools", "messages", "tokenizer", "template", "tokenize"):
+            raise BadRequest(f"chat_template_kwargs.{name}", name, "names that are the template's own")
+    if aside is None:
+        ids = encode_chat(tokenizer, written, told, tools=given, **how, **(template_kwargs or {}))
+    else:
+        ids = await aside(encode_chat, tokenizer, written, told, tools=given, **how, **(template_kwargs or {}))
     opened = dialect.tags is not None and reasoning.opened_by(tokenizer.decode(ids[-_TAIL:], False), dialect.tags)
     asked, param = structured or (None, "response_format")
     held = await plan.guide_async(compiler, Ask(dialect, tokenizer, toolbox, asked, opened, parsers.guided, param))

@@ -1,0 +1,233 @@
+"""What clients send, as bounded types, and the sampling parameters that it comes to.
+
+A field that is None was not given. Values are checked by `SamplingParams` and the engine, which all front ends share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from millstream.core.errors import BadRequest
+from millstream.core.request import MAX_N, SamplingParams, Slo, Structured
+
+# What OpenAI's clients send and what means nothing here: taken, and no word lost about it.
+IGNORED = frozenset(
+    {
+        "audio", "metadata", "modalities", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "safety_identifier", "service_tier", "store", "user", "verbosity", "web_search_options",
+    }
+)  # fmt: skip
+MAX_TOP_LOGPROBS = 20
+MAX_SALT = 256
+# Of a model's own generation_config, what is a default of requests.
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Wishes(msgspec.Struct, frozen=True):
+    """Seconds: to the first token, from token to token, and for the whole."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    deadline_s: float | None = None
+
+
+class Sampling(msgspec.Struct, kw_only=True):
+    """The fields that all requests have which generate."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    slo: Wishes | None = None
+    deadline_s: float | None = None
+    return_token_ids: bool | None = None
+
+
+class ChatAsk(Sampling, kw_only=True):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class CompletionAsk(Sampling, kw_only=True):
+    """The body of `POST /v1/completions`. `prompt`: a text, token ids, or a list of either."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] | list[Any]
+    logprobs: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class TokensAsk(Sampling, kw_only=True):
+    """The body of `POST /generate`: token ids in, token ids out. Sampling fields may lie in `sampling_params`."""
+
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    input_ids: list[int] | None = None
+    sampling_params: dict[str, Any] | None = None
+    logprobs: int | None = None
+    request_id: str | None = None
+
+
+class TokenizeAsk(msgspec.Struct, kw_only=True):
+    """The body of `POST /tokenize`: a `prompt`, or a chat's `messages`."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    return_token_strs: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeAsk(msgspec.Struct, kw_only=True):
+    """The body of `POST /detokenize`."""
+
+    tokens: list[int]
+    model: str | None = None
+    skip_special_tokens: bool = False
+
+
+def params_of(
+    ask: Sampling,
+    defaults: Mapping[str, Any],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    structured: Structured | None = None,
+    max_n: int = MAX_N,
+) -> SamplingParams:
+    """The sampling parameters of a request; what it leaves out is `defaults`' and then the engine's own.
+
+    Raises BadRequest naming the field.
+    """
+    if ask.n is not None and not 1 <= ask.n <= max_n:
+        raise BadRequest("n", ask.n, f"1 to {max_n}")
+    given: dict[str, Any] = dict(defaults)
+    for name in _PLAIN:
+        value = getattr(ask, name)
+        if value is not None:
+            given[name] = value
+    if ask.stop is not None:
+        given["stop"] = (ask.stop,) if isinstance(ask.stop, str) else tuple(ask.stop)
+    if ask.stop_token_ids is not None:
+        given["stop_token_ids"] = tuple(ask.stop_token_ids)
+    if ask.logit_bias:
+        given["logit_bias"] = {_token(token): bias for token, bias in ask.logit_bias.items()}
+    for name, count in (("logprobs", logprobs), ("prompt_logprobs", ask.prompt_logprobs)):
+        if count is not None and not 0 <= count <= MAX_TOP_LOGPROBS:
+            raise BadRequest(name, count, f"0 to {MAX_TOP_LOGPROBS}")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=ask.prompt_logprobs,
+        structured=structured,
+        **given,
+    )
+
+
+_PLAIN = (
+    "n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
+)  # fmt: skip
+
+
+def _token(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 12:
+        raise BadRequest("logit_bias", text, "token ids as keys")
+    return int(text)
+
+
+def slo_of(ask: Sampling, header: str | None, default_s: float | None, most_s: float | None) -> Slo:
+    """What a request wishes: its `slo`, with the deadline of `deadline_s` or of the header X-Request-Timeout (seconds).
+
+    Raises BadRequest.
+    """
+    wishes = ask.slo or Wishes()
+    deadline = ask.deadline_s if ask.deadline_s is not None else wishes.deadline_s
+    if deadline is None and header is not None:
+        try:
+            deadline = float(header)
+        except ValueError:
+            raise BadRequest("X-Request-Timeout", header[:40], "seconds") from None
+    if deadline is None:
+        deadline = default_s
+    if deadline is not None and most_s is not None:
+        deadline = min(deadline, most_s)
+    return Slo(wishes.ttft_s, wishes.tpot_s, deadline)
+
+
+def salt_of(ask: Sampling, salt: str) -> str:
+    """What keeps cached prefixes apart: the caller's own with what the request adds. Raises BadRequest."""
+    if ask.cache_salt is None:
+        return salt
+    if not ask.cache_salt or len(ask.cache_salt) > MAX_SALT:
+        raise BadRequest("cache_salt", f"{len(ask.cache_salt)} characters", f"1 to {MAX_SALT} characters")
+    # Another tenant's salt cannot be spelled: each has its own before it.
+    return f"{salt}\x00{ask.cache_salt}"
+
+
+def structured_fields(ask: Sampling) -> dict[str, Any]:
+    """What a request says of the form of its outputs, for `structured_of`."""
+    return {name: value for name in _STRUCTURED if (value := getattr(ask, name)) is not None}
+
+
+_STRUCTURED = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "guided_decoding_backend", "guided_whitespace_pattern",
+)  # fmt: skip
