@@ -1,4 +1,4 @@
-"""What clients are told of an error: status, headers, and a body in OpenAI's shape without path, traceback or address."""
+"""What clients are told of an error: status, headers and a body in OpenAI's shape, without path or traceback."""
 
 from __future__ import annotations
 
