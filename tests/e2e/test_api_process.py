@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import build_model
 from test_supervisor import alive, children_of
 
 from millstream.engine.exits import Exit
+from tiny_files import build_model
 
 WAIT_S = 60.0
 MODULES = {"engine": "millstream.engine.process", "api": "millstream.serve.api"}

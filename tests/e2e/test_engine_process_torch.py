@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import build_model
 
 from millstream.core.request import Request, SamplingParams, Structured, Tokens
 from millstream.core.sequence import Finish
 from millstream.engine.exits import Exit
 from millstream.engine.outputs import OutputBuilder, RequestOutput
 from millstream.engine.remote import RemoteEngine, load_tokenizer
+from tiny_files import build_model
 
 WAIT_S = 60.0
 ASKED: dict[str, dict[str, Any]] = {

@@ -54,7 +54,10 @@ async def read(request: Request, kind: type[T], *, strict: bool = False, ignored
     if not body:
         raise Refused(400, "invalid_json", "the body is empty; a JSON object is expected")
     check_depth(body)
-    asked = msgspec.json.decode(body, type=kind)
+    try:
+        asked = msgspec.json.decode(body, type=kind)
+    except UnicodeDecodeError as error:
+        raise Refused(400, "invalid_json", f"the body is not valid UTF-8: {error.reason}") from None
     known = {field.encode_name for field in msgspec.structs.fields(kind)}
     given = _keys(body)
     if len(given) > MAX_KEYS:

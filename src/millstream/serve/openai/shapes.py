@@ -101,7 +101,7 @@ class ChatAsk(Sampling, kw_only=True):
 class CompletionAsk(Sampling, kw_only=True):
     """The body of `POST /v1/completions`. `prompt`: a text, token ids, or a list of either."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] | list[Any]
+    prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
