@@ -11,16 +11,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from millstream.core.client import Chunk, EngineClient, Load, ModelFacts
+from millstream.core.errors import ConfigError, EngineClosed
 from millstream.core.events import Admitted, Event, Finished, Preempted, Prefilled, Stepped, Submitted
 from millstream.core.request import Slo
 from millstream.core.sequence import Finish
 from millstream.serve import records
 from millstream.serve.metrics import Metrics
 from millstream.serve.records import Record
-from millstream.serve.timeline import Steps, Timelines
+from millstream.serve.timeline import MAX_BYTES, MAX_REQUESTS, Steps, Timelines
 from millstream.serve.tracing import Tracer
 
 _log = logging.getLogger("millstream.serve")
@@ -160,8 +162,35 @@ class Call:
         return record
 
 
+@dataclass(frozen=True, slots=True)
+class WatchConfig:
+    """What may be set of it: `[serve.watch]`.
+
+    `otlp_endpoint` is the collector that traces are sent to, in the name of `service_name`; none are sent without it.
+    The timelines of the last `timeline_requests` requests are kept, in `timeline_bytes` at most.
+    """
+
+    otlp_endpoint: str = ""
+    service_name: str = "millstream"
+    timeline_requests: int = MAX_REQUESTS
+    timeline_bytes: int = MAX_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("timeline_requests", "timeline_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"serve.watch.{name}: got {getattr(self, name)}, allowed are integers from 0")
+
+
 class Observatory:
     """The watchers of one server. All methods are called from the event loop of the API process."""
+
+    @classmethod
+    def of(cls, config: WatchConfig, model_name: str, max_context: int = 8192) -> Observatory:
+        """As the config says. Raises ConfigError."""
+        tracer = Tracer(config.otlp_endpoint, config.service_name) if config.otlp_endpoint else None
+        made = cls(Metrics(model_name, max_context), tracer)
+        made.timelines = Timelines(config.timeline_requests, config.timeline_bytes)
+        return made
 
     def __init__(
         self, metrics: Metrics, tracer: Tracer | None = None, now: Callable[[], float] = time.monotonic
@@ -210,11 +239,17 @@ class Observatory:
         )
 
     def watch(self, client: EngineClient) -> None:
-        """Begins to follow an engine and this event loop, until `close`."""
+        """Begins to follow an engine, which need not be there yet, and this event loop, until `close`."""
         loop = asyncio.get_running_loop()
         self._tasks += [
-            loop.create_task(one) for one in (self._follow(client), self._poll(client), self.metrics.watch_loop())
+            loop.create_task(one)
+            for one in (self._meet(client), self._follow(client), self._poll(client), self.metrics.watch_loop())
         ]
+
+    async def _meet(self, client: EngineClient) -> None:
+        # One that is closed before its model is loaded, or that has no files, tells no facts.
+        with contextlib.suppress(EngineClosed):
+            self.describe(await client.facts())
 
     async def _follow(self, client: EngineClient) -> None:
         async for event in client.events(*KINDS):

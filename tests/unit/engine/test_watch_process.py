@@ -55,8 +55,8 @@ def test_steps_and_timelines_come_from_the_other_process(process):
         remote = RemoteEngine(process.start().socket)
         await remote.start()
         watched = Observatory(Metrics("null"))
-        watched.describe(await remote.facts())
         watched.watch(remote)
+        await remote.facts()
         await asyncio.sleep(0.05)
         calls = await asyncio.gather(*(serve(watched, remote, 40, 6) for _ in range(4)))
         await until(lambda: all(watched.timelines.get(c.id).entries[-1]["what"] == "finished" for c in calls))
@@ -72,6 +72,7 @@ def test_steps_and_timelines_come_from_the_other_process(process):
         await until(lambda: watched.steps.last >= load.counters["steps"])
         got = samples(watched)
         assert got["millstream_generation_tokens_total"] == 24 and got["millstream_prompt_tokens_total"] == 160
+        assert got["millstream_cache_config_info"] == got["vllm:cache_config_info"] == 1
         assert got["millstream_engine_up"] == got["millstream_ready"] == 1
         assert got["millstream_step_seconds_count"] == watched.steps.last > 10
         if sys.platform == "linux":

@@ -10,11 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from watched_bench import WatchedBench
 
 from millstream.core.client import Chunk, Load
+from millstream.core.errors import ConfigError
 from millstream.core.request import Slo
 from millstream.core.sequence import Finish
 from millstream.serve import families
 from millstream.serve.metrics import CONTENT_TYPE, Metrics, token_bounds
-from millstream.serve.observatory import Observatory
+from millstream.serve.observatory import Observatory, WatchConfig
 from millstream.serve.records import Record
 
 # What dashboards, autoscalers and routers made for vLLM query, as far as it applies: no adapters, no speculation, no
@@ -312,3 +313,12 @@ def test_what_parts_count_themselves_is_there_under_their_names():
     assert metrics.part_counters.values == {("guide_cache_hits",): 3, ("grammar_refused",): 2}
     assert metrics.part_levels.value("grammar_cache_bytes") == 77
     assert metrics.kv_bytes.value("device", "used") == 400 and metrics.kv_bytes.value("device", "total") == 1000
+
+
+def test_what_may_be_set_is_checked_and_holds():
+    watched = Observatory.of(WatchConfig(timeline_requests=3), "tiny", 256)
+    assert watched.tracer is None and watched.timelines.max_requests == 3
+    with pytest.raises(ConfigError, match=r"serve\.watch\.timeline_bytes: got -1"):
+        WatchConfig(timeline_bytes=-1)
+    with pytest.raises(ConfigError, match="the OTLP endpoint"):
+        Observatory.of(WatchConfig(otlp_endpoint="nowhere"), "tiny")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 
 from watched_bench import WatchedBench
 
@@ -67,3 +69,14 @@ def test_other_messages_are_lines_too():
         )
     line = json.loads(formatter.format(told))
     assert line["message"] == "it broke" and line["level"] == "error" and "ValueError: why" in line["exception"]
+
+
+def test_everything_can_be_logged_as_json():
+    code = (
+        "import logging; from millstream.serve.records import Record, log, log_json; log_json();"
+        "logging.getLogger('x').warning('hello'); log(Record('id', 'chat', '/r', 200, 0.5))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr
+    first, second = map(json.loads, told.splitlines())
+    assert first["message"] == "hello" and first["level"] == "warning"
+    assert second["event"] == "request" and second["status"] == 200
