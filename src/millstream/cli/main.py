@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "complete": ("complete", "continue a text, as it comes"),
     "chat": ("chat", "talk to a model in the terminal"),
     "demo": ("demo", "answer a few dozen prompts in one continuous batch, with a live view"),
+    "run-batch": ("run_batch", "answer a file of requests, in the format of OpenAI's batch API"),
     "bench": ("bench", "measure throughput, latency, start-up, or the knee of step sizes"),
     "bench serve": ("bench_serve", "load a server over HTTP and measure what its clients see"),
     "explain": ("explain", "every automatic decision with its reason, and where the memory goes"),
