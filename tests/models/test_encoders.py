@@ -14,6 +14,8 @@ from millstream.models.load import load_encoder, load_model
 from millstream.models.opened import open_model
 from millstream.models.source import open_source
 from millstream.ops import table
+from millstream.ops.ref.ragged import ragged_attention
+from millstream.ops.table import Ask
 from real import model_path
 
 transformers = pytest.importorskip("transformers")
@@ -118,13 +120,27 @@ def test_a_cross_encoder_scores_pairs_as_transformers_does(labels, tmp_path):
     assert not torch.allclose(got, ours(encoder, pairs)), "the types have their say"
 
 
-def test_a_text_has_the_same_bits_in_any_company(tmp_path):
-    encoder = load_encoder(open_source(tiny_encoder.write(tmp_path))).encoder
+@pytest.mark.parametrize("activation", ["gelu", "silu", "gelu_pytorch_tanh"])
+def test_a_text_has_the_same_bits_in_any_company(activation, tmp_path):
+    encoder = load_encoder(open_source(tiny_encoder.write(tmp_path, hidden_act=activation))).encoder
     ids = texts(24, seed=5)
     whole = ours(encoder, ids)
-    for place in (0, 1, 5, 23):
-        assert torch.equal(ours(encoder, [ids[place]])[0], whole[place])
+    alone = [ours(encoder, [text])[0] for text in ids]
+    assert torch.equal(torch.stack(alone), whole)
     assert torch.equal(ours(encoder, ids[::-1]).flip(0), whole)
+    # Many of the same length are attended to at once, by all threads.
+    for text, vector in zip(ids, alone, strict=True):
+        assert torch.equal(ours(encoder, [text] * 40), vector.expand(40, -1)), len(text)
+
+
+def test_attention_gives_a_text_the_same_bits_whichever_thread_has_it():
+    attend = ragged_attention.resolve(Ask("cpu", torch.float32, 8))
+    for heads, dim in ((6, 8), (1, 48), (12, 32)):
+        for length in range(1, 67):
+            own = [torch.randn(length, heads, dim) for _ in range(3)]
+            alone = attend(*own, torch.tensor([0, length]), dim**-0.5)
+            many = attend(*(part.repeat(5, 1, 1) for part in own), torch.arange(6) * length, dim**-0.5)
+            assert torch.equal(many, alone.repeat(5, 1, 1)), (heads, dim, length)
 
 
 def test_minilm_gives_the_vectors_of_transformers():

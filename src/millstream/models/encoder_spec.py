@@ -55,7 +55,7 @@ class EncoderLayerSpec:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True, slots=True)
