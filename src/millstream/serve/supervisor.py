@@ -1,7 +1,8 @@
 """The parent of a server: starts the engine process and the API process, and starts them again.
 
-    supervisor --- engine    python -m millstream.engine.process   weights, steps; at a Unix socket
-               `-- API       python -m millstream.serve.api        HTTP, tokenizer; a client of that socket
+    supervisor -+- engine    python -m millstream.engine.process   weights, steps; at a Unix socket
+                +- engine    another one, of an embedding model, where one is asked for
+                `- API       python -m millstream.serve.api        HTTP, tokenizers; a client of these sockets
 
 It computes nothing itself, so that little can go wrong in it. A process that ended is started again after a pause that
 grows; one that ends again and again, or for a reason that a new start cannot help, ends the server with an exit code
@@ -120,10 +121,11 @@ class Backoff:
 
 
 class Supervisor:
-    """Runs the two commands until told to stop, or until it must give up.
+    """Runs its commands until told to stop, or until it must give up.
 
     `reload` is called at SIGHUP, before the API hears of it; where it raises OSError or an error of ours, nothing is.
-    `engine` and `api` must serve, and use, the engine at `socket`.
+    `engine` and `api` must serve, and use, the engine at `socket`; `beside` has other engines by what they are called,
+    and their sockets.
     """
 
     def __init__(
@@ -133,16 +135,19 @@ class Supervisor:
         socket: Path,
         config: SupervisorConfig | None = None,
         reload: Callable[[], None] = lambda: None,
+        beside: Mapping[str, tuple[Command, Path]] | None = None,
     ) -> None:
         self.config = config or SupervisorConfig()
-        self.socket = socket
-        self._commands = {"engine": tuple(engine), "API": tuple(api)}
+        engines = {"engine": (engine, socket), **(beside or {})}
+        self._sockets = {name: path for name, (_, path) in engines.items()}
+        self._commands = {name: tuple(command) for name, (command, _) in engines.items()} | {"API": tuple(api)}
         self._reload = reload
         self._children: dict[str, asyncio.subprocess.Process] = {}
-        self._health: Health | None = None
-        self._was_loaded = False
+        self._health: dict[str, Health] = {}
+        self._were_loaded: set[str] = set()
         self._had_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-        self._api_silent = 0  # beats in a row in which the engine had heard nothing of it for too long
+        # Beats in a row in which an engine had heard nothing of the API for too long.
+        self._api_silent = dict.fromkeys(self._sockets, 0)
         self._signals: asyncio.Queue[int] = asyncio.Queue()
         self._stopping = False
 
@@ -151,10 +156,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
-        keepers = {
-            "engine": asyncio.create_task(self._keep("engine", Exit.ENGINE)),
-            "API": asyncio.create_task(self._keep("API", Exit.API)),
-        }
+        given_up = {**dict.fromkeys(self._sockets, Exit.ENGINE), "API": Exit.API}
+        keepers = {name: asyncio.create_task(self._keep(name, code)) for name, code in given_up.items()}
         watch = asyncio.create_task(self._watch())
         try:
             return await self._until_told(keepers)
@@ -163,7 +166,7 @@ class Supervisor:
             for keeper in keepers.values():
                 keeper.cancel()
             await self._end("API", signal.SIGTERM, END_S)
-            await self._end("engine", signal.SIGTERM, END_S)
+            await asyncio.gather(*(self._end(name, signal.SIGTERM, END_S) for name in self._sockets))
 
     async def _until_told(self, keepers: Mapping[str, asyncio.Task[int]]) -> int:
         while True:
@@ -186,7 +189,7 @@ class Supervisor:
         end = time.monotonic() + self.config.drain_s + GRACE_S
         forced = False
         while not keepers["API"].done():
-            if keepers["engine"].done():
+            if any(keepers[name].done() for name in self._sockets):
                 _log.error("there is no engine to finish requests with")
                 break
             left_s = end - time.monotonic()
@@ -223,8 +226,8 @@ class Supervisor:
         backoff = Backoff(self.config)
         while not (self._stopping and name == "API"):
             started = time.monotonic()
-            if name == "engine":
-                self._health = Health(self.config, started)
+            if name in self._sockets:
+                self._health[name] = Health(self.config, started)
             try:
                 child = await asyncio.create_subprocess_exec(
                     *self._commands[name],
@@ -245,7 +248,7 @@ class Supervisor:
             if name == "API" and code == Exit.DONE:
                 _log.info("the API process is done")
                 return Exit.DONE
-            was_well = self._was_loaded if name == "engine" else backoff.failures > 0
+            was_well = name in self._were_loaded if name in self._sockets else backoff.failures > 0
             _log.error("the %s process ended: %s", name, told(code))
             if code in HOPELESS and not was_well:
                 return code
@@ -278,41 +281,42 @@ class Supervisor:
     # -- the watchdog
 
     async def _watch(self) -> None:
-        """Listens to the engine's beats, and kills what lives and does nothing."""
-        listening = asyncio.create_task(self._listen())
+        """Listens to the engines' beats, and kills what lives and does nothing."""
+        listening = [asyncio.create_task(self._listen(name)) for name in self._sockets]
         try:
             while True:
                 await asyncio.sleep(CHECK_S)
                 if os.getpid() == 1:
                     reap_strangers({child.pid for child in self._children.values()})
                 now = time.monotonic()
-                why = self._health.wrong(now) if self._health is not None and "engine" in self._children else None
-                if why is not None:
-                    self._kill("engine", why)
-                if self._api_silent >= SILENT_BEATS:
-                    self._api_silent = 0
+                for name, health in list(self._health.items()):
+                    why = health.wrong(now) if name in self._children else None
+                    if why is not None:
+                        self._kill(name, why)
+                if max(self._api_silent.values()) >= SILENT_BEATS:
+                    self._api_silent = dict.fromkeys(self._sockets, 0)
                     self._kill("API", f"no sign of life for {self.config.silence_s:g} s")
         finally:
-            listening.cancel()
+            for one in listening:
+                one.cancel()
 
     def _kill(self, name: str, why: str) -> None:
         _log.error("the %s process is killed: %s", name, why)
         # A stopped process hears no other signal.
         self._send(name, signal.SIGKILL)
-        if name == "engine":
-            self._health = None
+        self._health.pop(name, None)
 
-    async def _listen(self) -> None:
+    async def _listen(self, name: str) -> None:
         while True:
-            engine = self._children.get("engine")
+            engine = self._children.get(name)
             if engine is not None:
                 with contextlib.suppress(OSError, wire.WireError):
-                    await self._listen_to(engine.pid)
+                    await self._listen_to(name, engine.pid)
             await asyncio.sleep(CHECK_S)
 
-    async def _listen_to(self, pid: int) -> None:
-        """Hears the engine's beats until the connection ends. Raises WireError where another process answers."""
-        reader, writer = await asyncio.open_unix_connection(self.socket)
+    async def _listen_to(self, name: str, pid: int) -> None:
+        """Hears an engine's beats until the connection ends. Raises WireError where another process answers."""
+        reader, writer = await asyncio.open_unix_connection(self._sockets[name])
         frames = wire.Frames(wire.MAX_TO_CLIENT)
         try:
             writer.write(wire.frame(wire.Hello(wire.VERSION, os.getpid()), wire.MAX_TO_ENGINE))
@@ -322,21 +326,22 @@ class Supervisor:
                     if isinstance(message, wire.Hello) and message.pid != pid:
                         raise wire.WireError(f"process {message.pid} answers, not {pid}")
                     if isinstance(message, wire.Beat):
-                        self._beat(message)
+                        self._beat(name, message)
                         writer.write(wire.frame(wire.Alive(), wire.MAX_TO_ENGINE))
         finally:
             writer.close()
 
-    def _beat(self, beat: wire.Beat) -> None:
+    def _beat(self, name: str, beat: wire.Beat) -> None:
         now = time.monotonic()
-        if self._health is not None:
-            self._health.beat(now, beat)
-            self._was_loaded = self._was_loaded or self._health.loaded
+        if (health := self._health.get(name)) is not None:
+            health.beat(now, beat)
+            if health.loaded:
+                self._were_loaded.add(name)
         api = self._children.get("API")
         silent = any(
             api is not None and pid == api.pid and silent_s > self.config.silence_s for pid, silent_s in beat.clients
         )
-        self._api_silent = self._api_silent + 1 if silent else 0
+        self._api_silent[name] = self._api_silent[name] + 1 if silent else 0
 
 
 def _end_group(pid: int) -> None:
