@@ -332,9 +332,8 @@ class Request:
             raise BadRequest("prompt", "an empty prompt", "at least one token")
         room = limits.max_context if self.kind is not Kind.GENERATE else limits.max_context - 1
         if count > room:
-            raise BadRequest(
-                "prompt", f"{count} tokens", f"at most {room} (context {limits.max_context}, one token to generate)"
-            )
+            kept = ", one token to generate" if room < limits.max_context else ""
+            raise BadRequest("prompt", f"{count} tokens", f"at most {room} (context {limits.max_context}{kept})")
         if count > limits.kv_tokens:
             raise BadRequest("prompt", f"{count} tokens", f"at most {limits.kv_tokens}, all that the KV cache holds")
         asked = self.params.max_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import operator
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
@@ -73,4 +74,4 @@ def best(scores: Iterable[float], top_n: int | None = None) -> list[tuple[int, f
 
 
 def _dot(one: array[float], other: array[float]) -> float:
-    return math.fsum(a * b for a, b in zip(one, other, strict=True))
+    return float(sum(map(operator.mul, one, other)))

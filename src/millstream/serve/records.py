@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -81,7 +82,7 @@ def log_line(record: Record) -> dict[str, Any]:
         "model": record.model,
         "route": record.route,
         "status": record.status,
-        "finish": ",".join(record.finish),
+        "finish": _reasons(record.finish),
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens,
         "output_tokens": record.output_tokens,
@@ -125,6 +126,11 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=True, default=str)
+
+
+def _reasons(finish: tuple[str, ...]) -> str:
+    """Each, or of the thousands of an embedding's request how many of each."""
+    return ",".join(finish if len(finish) <= 8 else (f"{count}*{name}" for name, count in Counter(finish).items()))
 
 
 def log_json(stream: TextIO = sys.stderr) -> None:

@@ -35,6 +35,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 # Prompts of at most so many characters are cut into tokens where they are: a thread would cost more.
 INLINE_CHARS = 4096
+# Where a model is asked for what it does.
+PATHS = {
+    Kind.GENERATE: ("/v1/chat/completions", "/v1/completions"),
+    Kind.EMBED: ("/v1/embeddings", "/v1/rerank", "/v1/score"),
+}
 # Chunks that wait for whoever merges several requests; each request waits for its turn beyond them.
 MERGED = 64
 
@@ -162,8 +167,8 @@ class Service:
         served = self.served_model(name)
         kinds = served.facts.limits.kinds
         if kind not in kinds:
-            does = " and ".join(sorted(one.value for one in kinds))
-            raise BadRequest("model", served.name, f"a model that can {kind.value}; this one can {does}")
+            paths = [path for one in Kind if one in kinds for path in PATHS.get(one, ())]
+            raise BadRequest("model", served.name, f"a model that can {kind.value}; this one is for {', '.join(paths)}")
         return served
 
     def close(self) -> None:
@@ -223,7 +228,7 @@ class Service:
 
     def admit(self, job: Job) -> None:
         """Takes a place for all of a job. Raises BadRequest for what no engine could take, and Overloaded."""
-        served = self.model(None)
+        served = self.served_model(None)
         # The engine checks too; what it would refuse must not take a place, and is told before the first byte.
         for part in job.parts:
             self._engine_request(job, part, 0).check(served.facts.limits)

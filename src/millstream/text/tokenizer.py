@@ -144,11 +144,18 @@ class Tokenizer:
     def encode_pair(self, first: str, second: str) -> list[int]:
         """Ids of two texts as one prompt, the model's last token behind each: what a cross-encoder scores.
 
-        Raises BadRequest as `encode`, and for a model without such a token.
+        Raises BadRequest as `encode` and `join_pair`.
+        """
+        return self.join_pair(self.encode(first), self.encode(second))
+
+    def join_pair(self, first: Sequence[int], second: Sequence[int]) -> list[int]:
+        """Ids of two texts, each as `encode` gives them, as one prompt.
+
+        Raises BadRequest for a model without a token that stands behind every text.
         """
         if self.last_id is None:
             raise BadRequest("texts", "a pair", "one text: this model has no token that tells two apart")
-        return [*self.encode(first), *self.encode(second, add_bos=False), self.last_id]
+        return [*first, *(second[1:] if self.bos_id is not None and second[0] == self.bos_id else second)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, *, continuation: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD. `skip_special` leaves control tokens out.

@@ -39,10 +39,18 @@ class Wishes(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
 
 
-class Sampling(msgspec.Struct, kw_only=True):
-    """The fields that all requests have which generate."""
+class Timed(msgspec.Struct, kw_only=True):
+    """The fields that all requests have which are for an engine."""
 
     model: str | None = None
+    priority: int | None = None
+    slo: Wishes | None = None
+    deadline_s: float | None = None
+
+
+class Sampling(Timed, kw_only=True):
+    """The fields that all requests have which generate."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -71,10 +79,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     guided_grammar: str | None = None
     guided_decoding_backend: str | None = None
     guided_whitespace_pattern: str | None = None
-    priority: int | None = None
     cache_salt: str | None = None
-    slo: Wishes | None = None
-    deadline_s: float | None = None
     return_token_ids: bool | None = None
 
 
@@ -193,7 +198,7 @@ def _token(text: str) -> int:
     return int(text)
 
 
-def slo_of(ask: Sampling, header: str | None, default_s: float | None, most_s: float | None) -> Slo:
+def slo_of(ask: Timed, header: str | None, default_s: float | None, most_s: float | None) -> Slo:
     """What a request wishes: its `slo`, with the deadline of `deadline_s` or of the header X-Request-Timeout (seconds).
 
     Raises BadRequest.
