@@ -25,6 +25,7 @@ FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
 # Command, of one or two words -> (module with `arguments(parser)` and `run(args)`, what it does).
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("serve", "serve a model over HTTP, with a playground in the browser"),
     "complete": ("complete", "continue a text, as it comes"),
     "chat": ("chat", "talk to a model in the terminal"),
     "demo": ("demo", "answer a few dozen prompts in one continuous batch, with a live view"),

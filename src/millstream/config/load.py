@@ -44,6 +44,11 @@ def data_dir() -> Path | None:
     return None
 
 
+def given_api_keys() -> tuple[str, ...]:
+    """The API keys of a server: $MILLSTREAM_API_KEY, several with commas between them."""
+    return tuple(key.strip() for key in os.environ.get("MILLSTREAM_API_KEY", "").split(",") if key.strip())
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """A TOML, YAML or JSON file as a tree. Raises BadFile with the place of the error."""
     path = Path(path)

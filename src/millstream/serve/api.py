@@ -1,8 +1,9 @@
 """The API process: `python -m millstream.serve.api --socket PATH --config FILE`, a client of the engine at that socket.
 
-The file holds `[serve]` (where to listen) and `[supervisor]` (how long draining may take); what else it holds is for
-others. The port is open at once: `/health` says that this process lives, `/ready` whether a request sent now would be
-served, which waits for the model and is taken back when the engine is lost or the server drains.
+The file holds `[serve]` (where to listen, for whom, how much) and `[supervisor]` (how long draining may take); what
+else it holds is for others. The port is open at once: `/health` says that this process lives, `/ready` whether a
+request sent now would be served, which waits for the model and is taken back when the engine is lost or the server
+drains.
 
 SIGTERM or SIGINT: `/ready` says no at once, new requests are refused, those inside are finished for at most `drain_s`
 seconds, then the port is closed. A second signal cuts them off. SIGHUP reads the file again and hands it to whoever
@@ -15,82 +16,67 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
+import resource
 import signal
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.routing import Route
 
 from millstream.config.load import build, read_file
 from millstream.core.client import EngineClient
-from millstream.core.errors import ConfigError, MillstreamError
+from millstream.core.errors import EngineClosed, MillstreamError
 from millstream.engine.exits import Exit, orphaned
 from millstream.engine.process import leave
 from millstream.engine.remote import RemoteEngine
+from millstream.serve.app import App
+from millstream.serve.config import LimitsConfig, ServeConfig, TlsConfig
+from millstream.serve.connection import connections
+from millstream.serve.listen import check_tls, places, url_of
 from millstream.serve.supervisor import SupervisorConfig
 
 CHECK_S = 0.25
-BACKLOG = 2048
 # What responses whose last token is there may take to be written out.
 FLUSH_S = 2.0
+# Descriptors that are for other things than connections: files, the engine, the store.
+OWN_FILES = 128
 
 _log = logging.getLogger("millstream.serve")
 
 
-@dataclass(frozen=True, slots=True)
-class ServeConfig:
-    """Where to listen. Port 0 takes a free one, which the log tells."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"serve.port: got {self.port}, allowed is 0 to 65535")
-
-
 class Life:
-    """What a server goes through, for those who answer requests. `on_reload` get the config's tree at SIGHUP."""
+    """What a server goes through, for those who answer requests. `on_reload` get the config's tree at SIGHUP,
+    `on_drain` are called when nothing more is taken, and `stop` is as good as a SIGTERM."""
 
-    def __init__(self, client: EngineClient) -> None:
-        self.client = client
+    def __init__(self, client: EngineClient, stop: Callable[[], None] = lambda: None) -> None:
+        self.client, self.stop = client, stop
         self.draining = False
         self.on_reload: list[Callable[[Mapping[str, Any]], None]] = []
-
-    async def ready(self) -> bool:
-        """Whether a request that is sent now would be served."""
-        return not self.draining and await self.client.ready()
+        self.on_drain: list[Callable[[], Awaitable[None]]] = []
 
     def reload(self, tree: Mapping[str, Any]) -> None:
         for hear in self.on_reload:
             try:
                 hear(tree)
+            except MillstreamError as error:
+                _log.error("a part of the server could not take the new configuration: %s", error)
             except Exception:
                 _log.exception("a part of the server could not take the new configuration")
 
 
-def make_app(life: Life, tree: Mapping[str, Any]) -> Starlette:
-    """All that is answered over HTTP. `tree` is the config's."""
-
-    async def health(request: Request) -> JSONResponse:
-        return JSONResponse({"status": "ok"})
-
-    async def ready(request: Request) -> JSONResponse:
-        if await life.ready():
-            return JSONResponse({"status": "ready"})
-        status = "draining" if life.draining else "the engine is not there"
-        return JSONResponse({"status": status}, 503, headers={"Retry-After": "1"})
-
-    return Starlette(routes=[Route("/health", health), Route("/ready", ready)])
+def make_app(life: Life, tree: Mapping[str, Any]) -> App:
+    """All that is answered over HTTP. `tree` is the config's. Raises ConfigError and BadFile."""
+    app = App(life.client, tree, draining=lambda: life.draining, stop_server=life.stop)
+    life.on_reload.append(app.reload)
+    life.on_drain.append(app.drain)
+    return app
 
 
 class _Server(uvicorn.Server):
@@ -101,89 +87,167 @@ class _Server(uvicorn.Server):
         yield
 
 
-def listen(config: ServeConfig) -> socket.socket:
-    """Raises OSError."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((config.host, config.port))
-        # Who connects from now on is kept waiting for a moment, and not refused.
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+def _uvicorn(app: Any, config: ServeConfig, limits: LimitsConfig, refused: Callable[[int], None]) -> _Server:
+    tls = config.tls
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=connections(limits, refused),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            ws="none",
+            root_path=config.root_path,
+            timeout_keep_alive=max(1, round(limits.idle_s)),
+            ssl_certfile=tls.certfile or None,
+            ssl_keyfile=tls.keyfile or None,
+            ssl_ca_certs=tls.ca_certs or None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if tls.ca_certs else ssl.CERT_NONE,
+        )
+    )
+
+
+def _room_for(limits: LimitsConfig) -> LimitsConfig:
+    """Limits with no more connections than this process may have open files, of which it takes all that it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + OWN_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OWN_FILES)
+    if limits.connections > most:
+        _log.warning("at most %d connections are taken: the process may have no more files open", most)
+        return replace(limits, connections=most)
+    return limits
 
 
 async def serve(
     engine: Path,
     file: Path,
     parent: int | None = None,
-    app: Callable[[Life, Mapping[str, Any]], Any] = make_app,
+    make: Callable[[Life, Mapping[str, Any]], App] = make_app,
 ) -> Exit:
     """Serves until told to stop. Raises ConfigError and BadFile."""
     tree = read_file(file)
     config = build(ServeConfig, tree.get("serve", {}), "serve")
     drain_s = build(SupervisorConfig, tree.get("supervisor", {}), "supervisor").drain_s
+    check_tls(config.tls)
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.put_nowait, number)
     client = RemoteEngine(engine)
-    life = Life(client)
+    life = Life(client, lambda: told.put_nowait(signal.SIGTERM))
     loop.add_signal_handler(signal.SIGHUP, _reload, life, file)
-    try:
-        sock = listen(config)
-    except OSError as error:
-        _log.error("%s:%d: %s", config.host, config.port, error)
-        return Exit.ADDRESS
-    await client.start()
-    server = _Server(
-        uvicorn.Config(
-            app(life, tree), log_config=None, access_log=False, lifespan="off", server_header=False, ws="none"
+    async with contextlib.AsyncExitStack() as stack:
+        socks: list[socket.socket] = []
+        for where, open_one in places(config):
+            try:
+                socks.append(open_one())
+            except OSError as error:
+                _log.error("%s: %s", where, error)
+                return Exit.ADDRESS
+            stack.callback(socks[-1].close)
+        app = make(life, tree)
+        stack.push_async_callback(app.stop)
+        await client.start()
+        stack.push_async_callback(client.close)
+        await app.start()
+        servers = _servers(app, config)
+        serving = asyncio.ensure_future(_serve_all(servers, socks))
+        stopped = asyncio.ensure_future(told.get())
+        alone = asyncio.ensure_future(_alone(parent))
+        greeting = asyncio.ensure_future(_announce(app, url_of(socks[0], bool(config.tls.certfile)), config))
+        _log.info("listening at %s", url_of(socks[0], bool(config.tls.certfile)))
+        if len(socks) > 1:
+            _log.info("the admin listens at %s", url_of(socks[1]))
+        try:
+            await asyncio.wait((serving, stopped, alone), return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                serving.result()
+                return Exit.FAILED
+            if alone.done():
+                return Exit.ORPHANED
+            return await _drain(life, servers, serving, told, drain_s)
+        finally:
+            for task in (stopped, alone, greeting, serving):
+                task.cancel()
+            await asyncio.gather(serving, greeting, return_exceptions=True)
+            if config.uds:
+                with contextlib.suppress(OSError):
+                    os.unlink(config.uds)
+
+
+def _servers(app: App, config: ServeConfig) -> list[_Server]:
+    limits = _room_for(config.limits)
+    servers = [_uvicorn(app, config, limits, app.refused)]
+    if app.admin is not None:
+        plain = replace(config, tls=TlsConfig(), root_path="")
+        servers.append(_uvicorn(app.admin, plain, replace(limits, connections=16), app.refused))
+    return servers
+
+
+async def _serve_all(servers: Sequence[_Server], socks: Sequence[socket.socket]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for server, sock in zip(servers, socks, strict=True):
+            group.create_task(server.serve(sockets=[sock]))
+
+
+async def _announce(app: App, url: str, config: ServeConfig) -> None:
+    """Says once, on the standard output, that requests are served, and how to send one."""
+    with contextlib.suppress(EngineClosed):
+        await app.client.facts()
+        while not await app.ready():
+            await asyncio.sleep(CHECK_S)
+        _, names = await app.names()
+        curl, base = "curl", url + config.root_path
+        if config.uds:
+            curl, base = f"curl --unix-socket {config.uds}", "http://localhost" + config.root_path
+        elif config.tls.certfile:
+            curl = "curl --cacert YOUR_CA.pem"
+        key = ' -H "Authorization: Bearer $KEY"' if len(app.keys) else ""
+        body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        print(
+            f"\n{names[0]} is served.\n"
+            f"  playground   {base}/\n"
+            f"  API          {base}/v1\n"
+            f"  try          {curl} {base}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",
+            flush=True,
         )
-    )
-    serving = asyncio.ensure_future(server.serve(sockets=[sock]))
-    stopped = asyncio.ensure_future(told.get())
-    alone = asyncio.ensure_future(_alone(parent))
-    host, port = sock.getsockname()[:2]
-    _log.info("listening at http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    try:
-        await asyncio.wait((serving, stopped, alone), return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()
-            return Exit.FAILED
-        if alone.done():
-            return Exit.ORPHANED
-        return await _drain(life, server, serving, told, drain_s)
-    finally:
-        for task in (stopped, alone, serving):
-            task.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
-        await client.close()
 
 
 async def _drain(
-    life: Life, server: _Server, serving: asyncio.Future[None], told: asyncio.Queue[int], drain_s: float
+    life: Life, servers: Sequence[_Server], serving: asyncio.Future[None], told: asyncio.Queue[int], drain_s: float
 ) -> Exit:
     end = time.monotonic() + drain_s
     life.draining = True
     _log.info("told to stop; requests inside have %g s to finish", drain_s)
-    finished = asyncio.ensure_future(life.client.drain())
+    finished = asyncio.ensure_future(_finish(life))
     forced = asyncio.ensure_future(told.get())
     await asyncio.wait((finished, forced), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
     whole = finished.done()
-    server.should_exit = True
+    for server in servers:
+        server.should_exit = True
     if whole:
         # The last words are still being written out, perhaps to somebody who reads slowly.
         left_s = max(FLUSH_S, end - time.monotonic())
         await asyncio.wait((serving, forced), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         whole = serving.done()
-    server.force_exit = True
+    for server in servers:
+        server.force_exit = True
     for task in (finished, forced):
         task.cancel()
     return Exit.DONE if whole else Exit.CUT
+
+
+async def _finish(life: Life) -> None:
+    for stop in life.on_drain:
+        await stop()
+    await life.client.drain()
 
 
 async def _alone(parent: int | None) -> None:
@@ -219,6 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, help="end when the process of this id is no longer the parent")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    # What it tells of every bad request is told to the client, and counted.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return int(runner.run(serve(args.socket, args.config, args.parent)))

@@ -1,0 +1,193 @@
+"""Who may come in: a queue that is bounded by requests, by tokens and by time, and quotas of tenants.
+
+A request waits here from its arrival to its first token. How long a new one would wait is told by how fast prompts
+leave the queue: their tokens a second, over the last seconds in which there was one. A server that is not behind has
+nothing to predict, so the guess counts only once somebody has really waited.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from millstream.core.request import Slo
+from millstream.serve.caller import Caller, Overloaded
+from millstream.serve.config import AdmissionConfig
+
+# The rate is that of about so many seconds in which somebody waited.
+WINDOW_S = 10.0
+# Nobody is turned away for a guess before somebody has waited so long.
+PROOF_S = 0.5
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+DRAIN_RETRY_S = 5.0
+MINUTE_S = 60.0
+
+
+class Place:
+    """The seat of one request."""
+
+    __slots__ = ("_admission", "background", "inside", "requests", "since", "tenant", "tokens", "waits")
+
+    def __init__(self, admission: Admission, caller: Caller, tokens: int, requests: int, since: float) -> None:
+        self._admission, self.tenant, self.background = admission, caller.tenant, caller.background
+        self.tokens, self.requests, self.since = tokens, requests, since
+        self.waits, self.inside = not caller.background, True
+
+    def first_token(self) -> None:
+        if self.waits:
+            self._admission._leave_queue(self, served=True)
+
+    def leave(self) -> None:
+        if self.waits:
+            self._admission._leave_queue(self, served=False)
+        if self.inside:
+            self.inside = False
+            self._admission._left(self)
+
+
+class _Tenant:
+    __slots__ = ("filled_at", "requests", "tokens")
+
+    def __init__(self, tokens: float, now: float) -> None:
+        self.requests, self.tokens, self.filled_at = 0, tokens, now
+
+
+class Admission:
+    """A Gate. `draining` tells whether the server takes nothing any more; `now` are seconds of a monotonic clock."""
+
+    def __init__(
+        self,
+        config: AdmissionConfig,
+        draining: Callable[[], bool] = lambda: False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config, self._draining, self._now = config, draining, now
+        self.waiting_requests = self.waiting_tokens = 0
+        self._queue: dict[Place, None] = {}  # in the order of arrival
+        # Both fade with the time in which somebody waits, so that the rate is that of the recent past.
+        self._out_tokens = self._busy_s = 0.0
+        self._counted_at = now()
+        # As many as there are keys; those of whom nothing is inside and whose quota is whole are forgotten.
+        self._tenants: dict[str, _Tenant] = {}
+
+    # -- what is known of the queue
+
+    @property
+    def rate(self) -> float:
+        """Tokens of prompts that leave the queue a second; 0 before there was one."""
+        self._count()
+        return self._out_tokens / self._busy_s if self._busy_s > 0 else 0.0
+
+    def wait_s(self, tokens: int = 0) -> float:
+        """How long a request of so many tokens would wait if it came now; 0 while nobody has waited for long."""
+        first = next(iter(self._queue), None)
+        if first is None:
+            return 0.0
+        waited_s = self._now() - first.since
+        if waited_s < PROOF_S:
+            return 0.0
+        rate = self.rate
+        # Nothing has left yet: the queue is at least as slow as its first one has shown.
+        return (self.waiting_tokens + tokens) / rate if rate > 0 else 2 * waited_s
+
+    # -- Gate
+
+    def look(self, caller: Caller) -> None:
+        self._check(caller, 0, 1)
+
+    def enter(self, caller: Caller, tokens: int, requests: int, slo: Slo) -> Place:
+        wait_s = self._check(caller, tokens, requests)
+        if slo.deadline_s is not None and not caller.background and wait_s > slo.deadline_s:
+            raise Overloaded(
+                "deadline", f"it would wait for {wait_s:.1f} s, and its deadline is in {slo.deadline_s:g} s", wait_s
+            )
+        config, now = self.config, self._now()
+        place = Place(self, caller, tokens, requests, now)
+        if config.tenant_requests or config.tenant_tokens_per_min:
+            tenant = self._tenant(caller.tenant)
+            tenant.requests += requests
+            tenant.tokens -= tokens
+        if place.waits:
+            self._count()
+            self._queue[place] = None
+            self.waiting_requests += requests
+            self.waiting_tokens += tokens
+        return place
+
+    def _check(self, caller: Caller, tokens: int, requests: int) -> float:
+        """The wait that is predicted. Raises Overloaded."""
+        config = self.config
+        if self._draining():
+            raise Overloaded("draining", "the server is shutting down; ask another one", DRAIN_RETRY_S, 503)
+        self._check_tenant(caller.tenant, tokens, requests)
+        if caller.background:
+            return 0.0
+        # An empty queue takes whatever the engine can.
+        if self.waiting_requests:
+            if config.queued_requests and self.waiting_requests + requests > config.queued_requests:
+                raise self._full("queue_full", f"{self.waiting_requests} requests wait already")
+            if config.queued_tokens and self.waiting_tokens + tokens > config.queued_tokens:
+                raise self._full("queue_tokens", f"{self.waiting_tokens} tokens of prompts wait already")
+        wait_s = self.wait_s(tokens)
+        if config.max_wait_s and wait_s > config.max_wait_s:
+            raise self._full("predicted_wait", f"it would wait for {wait_s:.0f} s")
+        return wait_s
+
+    def _full(self, reason: str, message: str) -> Overloaded:
+        # When what waits now is through, there is room for all who were turned away; half of it is enough for most.
+        retry_s = min(MAX_RETRY_S, max(MIN_RETRY_S, self.wait_s() / 2))
+        return Overloaded(reason, f"the server is busy: {message}; ask again in {retry_s:.0f} s", retry_s)
+
+    def _check_tenant(self, name: str, tokens: int, requests: int) -> None:
+        config = self.config
+        if not (config.tenant_requests or config.tenant_tokens_per_min):
+            return
+        tenant = self._tenant(name)
+        if config.tenant_requests and tenant.requests + requests > config.tenant_requests and tenant.requests:
+            raise Overloaded(
+                "tenant_requests",
+                f"{tenant.requests} requests of this key are inside, at most {config.tenant_requests} may be",
+                MIN_RETRY_S,
+            )
+        quota = config.tenant_tokens_per_min
+        # One that is larger than the quota itself passes when the quota is whole, and is paid for afterwards.
+        if quota and tenant.tokens < min(max(tokens, 1), quota):
+            retry_s = (min(max(tokens, 1), quota) - tenant.tokens) * MINUTE_S / quota
+            raise Overloaded("tenant_tokens", f"this key has used its {quota} tokens a minute", retry_s)
+
+    def _tenant(self, name: str) -> _Tenant:
+        quota, now = self.config.tenant_tokens_per_min, self._now()
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = self._tenants[name] = _Tenant(float(quota), now)
+        tenant.tokens = min(float(quota), tenant.tokens + (now - tenant.filled_at) * quota / MINUTE_S)
+        tenant.filled_at = now
+        return tenant
+
+    def _left(self, place: Place) -> None:
+        tenant = self._tenants.get(place.tenant)
+        if tenant is not None:
+            tenant.requests -= place.requests
+            if tenant.requests <= 0 and self._tenant(place.tenant).tokens >= self.config.tenant_tokens_per_min:
+                del self._tenants[place.tenant]
+
+    def _leave_queue(self, place: Place, served: bool) -> None:
+        self._count()
+        place.waits = False
+        if place in self._queue:
+            del self._queue[place]
+            self.waiting_requests -= place.requests
+            self.waiting_tokens -= place.tokens
+            if served:
+                self._out_tokens += place.tokens
+
+    def _count(self) -> None:
+        """Accounts for the time since the last change of the queue."""
+        now = self._now()
+        if self._queue:
+            passed = now - self._counted_at
+            fade = math.exp(-passed / WINDOW_S)
+            self._out_tokens *= fade
+            self._busy_s = self._busy_s * fade + passed
+        self._counted_at = now

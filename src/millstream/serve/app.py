@@ -1,0 +1,268 @@
+"""The API's app: every route over one engine, the door in front of them, and what is kept on disk."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.routing import Route
+
+from millstream.config.load import build, home
+from millstream.core.client import EngineClient, ModelFacts
+from millstream.core.errors import EngineAway, EngineClosed, MillstreamError
+from millstream.serve import admin_routes, base_routes, batch_routes, files, watch_routes
+from millstream.serve import batches as batches_module
+from millstream.serve.admission import Admission
+from millstream.serve.anthropic import routes as messages
+from millstream.serve.auth import Keyring, entries_of
+from millstream.serve.batch_lines import Answer
+from millstream.serve.batches import Batches
+from millstream.serve.caller import Caller, caller_of
+from millstream.serve.config import ServeConfig
+from millstream.serve.door import Door, Message, Receive, Salts, Scope, Send, new_request_id, pattern_of
+from millstream.serve.errors import Refused, telling, told
+from millstream.serve.families import OTHER
+from millstream.serve.files import Files
+from millstream.serve.http_watch import HttpWatch
+from millstream.serve.metrics import Metrics
+from millstream.serve.observatory import Observatory
+from millstream.serve.openai import routes as openai
+from millstream.serve.policy import Table
+from millstream.serve.responses import kept
+from millstream.serve.responses import routes as responses
+from millstream.serve.responses.kept import Responses
+from millstream.serve.responses.live import LiveResponses
+from millstream.serve.service import Service
+from millstream.serve.store import Store
+
+EXPOSED = ("X-Request-Id", "X-Millstream-Request-Id", "X-Millstream-Warning", "Retry-After", "WWW-Authenticate")
+
+_log = logging.getLogger("millstream.serve")
+
+
+def owner_of(request: Request) -> str:
+    """The tenant whose key a request came with."""
+    return caller_of(request).tenant
+
+
+class App:
+    """An ASGI app, between `start` and `stop` on one event loop; `admin` is that of the second listener.
+
+    `stop_server` has the server drain and end. Raises ConfigError where the configuration is wrong, where a route has
+    no policy, and where another server has the folder; BadFile where a file of keys cannot be read.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tree: Mapping[str, Any],
+        *,
+        draining: Callable[[], bool] = lambda: False,
+        stop_server: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.client, self.tree, self.draining = client, tree, draining
+        self.config = config = build(ServeConfig, tree.get("serve", {}), "serve")
+        self.keys = Keyring(entries_of(config.auth))
+        config.check(len(self.keys) > 0)
+        self.salts = Salts()
+        name = config.api.model_names[0] if config.api.model_names else str(tree.get("model", ""))
+        self.watched = Observatory(Metrics(name))
+        self.gate = Admission(config.admission, draining)
+        self.service = Service(client, self.watched, self.gate, config.api)
+        self.failed: MillstreamError | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self.folder, self._own_folder = _folder(config)
+        self.store = Store(self.folder, files.SCHEMA, batches_module.SCHEMA, kept.SCHEMA)
+        try:
+            self.files = Files(self.store, config.files)
+            self.responses, self.live = Responses(self.store, config.responses), LiveResponses()
+            self._build(stop_server)
+        except BaseException:
+            self._close_folder()
+            raise
+
+    def _build(self, stop_server: Callable[[], None]) -> None:
+        config, client, service = self.config, self.client, self.service
+        chats, generating = openai.routes(service)
+        routes: list[Route] = [
+            *base_routes.routes(client, self.names, self.ready, self.draining, self.load),
+            *generating,
+            *messages.routes(chats, told),
+            *responses.routes(chats, self.responses, self.live, owner_of),
+            *watch_routes.routes(self.watched, client, owner_of),
+        ]
+        # The routes of batches need to know which of the others take lines of batches, and these are all there by now.
+        self.batches = Batches(self.store, self.files, self.execute, Table(routes).batch_paths, limits=config.batches)
+        routes += batch_routes.routes(self.files, self.batches, owner_of)
+        self.table = Table(routes)
+        self.door = Door(self.table, config, self.keys, self.salts)
+        app: Any = self.door
+        if config.allowed_origins:
+            app = CORSMiddleware(
+                app,
+                allow_origins=config.allowed_origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=EXPOSED,
+            )
+        self._app = HttpWatch(app, self.watched.metrics, pattern_of)
+        self.admin: Door | None = None
+        if config.admin.port is not None:
+            table = Table(
+                [*admin_routes.routes(client, self.tree, stop_server), *watch_routes.admin_routes(self.watched)]
+            )
+            self.admin = Door(table, config, Keyring([config.admin.key]), self.salts, admin=True)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    # -- life
+
+    async def start(self) -> None:
+        """Returns at once; the model is waited for meanwhile."""
+        await self.files.start()
+        await self.responses.start()
+        await self.batches.start()
+        self.watched.watch(self.client)
+        self._loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> None:
+        try:
+            await self.service.load()
+        except EngineClosed:
+            pass
+        except MillstreamError as error:
+            self.failed = error
+            _log.error("the model cannot be served: %s", error)
+        except Exception as error:
+            self.failed = MillstreamError("the model cannot be served; the log says why")
+            _log.exception("the model cannot be served: %s", type(error).__name__)
+
+    async def drain(self) -> None:
+        """The server takes nothing any more: work in the background stops, so that the rest has the engine alone."""
+        await self.batches.stop()
+
+    async def stop(self) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        await self.batches.stop()
+        await self.live.stop()
+        await self.watched.close()
+        self.service.close()
+        self.keys.close()
+        await asyncio.to_thread(self._close_folder)
+
+    def _close_folder(self) -> None:
+        self.store.close()
+        if self._own_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def reload(self, tree: Mapping[str, Any]) -> None:
+        """Takes new keys and limits of the queue; for what else has changed it must be started anew."""
+        config = build(ServeConfig, tree.get("serve", {}), "serve")
+        keys = Keyring(entries_of(config.auth))
+        config.check(len(keys) > 0)
+        old, self.keys = self.keys, keys
+        self.door.keys = keys
+        self.gate.config = config.admission
+        old.close()
+        _log.info("there are %d API keys", len(keys))
+
+    def refused(self, status: int) -> None:
+        """A connection was turned away before there was a request."""
+        self.watched.metrics.http("-", OTHER, status, 0.0, 0, 0)
+
+    # -- what routes ask
+
+    async def ready(self) -> bool:
+        """Whether a request that is sent now would be served."""
+        return self.service.served is not None and not self.draining() and await self.client.ready()
+
+    async def names(self) -> tuple[ModelFacts, tuple[str, ...]]:
+        served = self.service.served
+        if served is None:
+            raise self.failed or EngineAway("the model is being loaded")
+        return served.facts, served.names
+
+    async def load(self) -> dict[str, Any]:
+        load = await self.client.load()
+        return {
+            "server_load": load.running + load.waiting,
+            "running": load.running,
+            "waiting": load.waiting,
+            "queued_requests": self.gate.waiting_requests,
+            "queued_tokens": self.gate.waiting_tokens,
+            "predicted_wait_s": round(self.gate.wait_s(), 3),
+        }
+
+    async def execute(self, endpoint: str, body: bytes, owner: str, label: str) -> Answer:
+        """Answers a line of a batch as the route of `endpoint` would, in the background, in the name of `owner`."""
+        entry, params = self.table.find("POST", endpoint)
+        caller = Caller(new_request_id(), owner, label, self.salts.of(owner), background=True)
+        scope = _scope(endpoint, body, caller)
+        scope["path_params"] = params
+        status, pieces = 0, bytearray()
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            # Nobody leaves: a batch that is cancelled cancels this task.
+            return unread.pop() if unread else await asyncio.get_running_loop().create_future()
+
+        async def send(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            pieces.extend(message.get("body", b""))
+
+        try:
+            await entry.route.app(scope, receive, send)
+        except Refused as error:
+            return _told(error, caller)
+        except Exception as error:
+            if telling(error).code == "internal_error":
+                _log.error("%s failed", caller.request_id, exc_info=error)
+            return _told(error, caller)
+        return Answer(status, bytes(pieces), caller.request_id)
+
+
+def _told(error: Exception, caller: Caller) -> Answer:
+    known = telling(error)
+    return Answer(known.status, msgspec.json.encode(known.body), caller.request_id)
+
+
+def _scope(path: str, body: bytes, caller: Caller) -> MutableMapping[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
+        "client": None,
+        "server": None,
+        "state": {"caller": caller},
+    }
+
+
+def _folder(config: ServeConfig) -> tuple[Path, bool]:
+    """Where the server keeps what is to outlive it; with a port that is not known before, nothing does."""
+    if config.folder:
+        return Path(config.folder).expanduser(), False
+    if config.uds:
+        return home() / "serve" / re.sub(r"[^A-Za-z0-9_.-]", "_", config.uds), False
+    if config.port:
+        return home() / "serve" / str(config.port), False
+    return Path(tempfile.mkdtemp(prefix="millstream-serve-")), True
