@@ -7,11 +7,10 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.routing import Route
@@ -19,7 +18,7 @@ from starlette.routing import Route
 from millstream.config.load import build, home
 from millstream.core.client import EngineClient, ModelFacts
 from millstream.core.errors import EngineAway, EngineClosed, MillstreamError
-from millstream.serve import admin_routes, base_routes, batch_routes, files, watch_routes
+from millstream.serve import admin_routes, base_routes, batch_routes, files, vector_routes, watch_routes
 from millstream.serve import batches as batches_module
 from millstream.serve.admission import Admission
 from millstream.serve.anthropic import routes as messages
@@ -28,12 +27,12 @@ from millstream.serve.batch_lines import Answer
 from millstream.serve.batches import Batches
 from millstream.serve.caller import Caller, caller_of
 from millstream.serve.config import ServeConfig
-from millstream.serve.door import Door, Message, Receive, Salts, Scope, Send, new_request_id, pattern_of
-from millstream.serve.errors import Refused, telling, told
+from millstream.serve.door import Door, Receive, Salts, Scope, Send, new_request_id, pattern_of
+from millstream.serve.errors import told
 from millstream.serve.families import OTHER
 from millstream.serve.files import Files
 from millstream.serve.http_watch import HttpWatch
-from millstream.serve.metrics import Metrics
+from millstream.serve.inside import ask
 from millstream.serve.observatory import Observatory
 from millstream.serve.openai import routes as openai
 from millstream.serve.policy import Table
@@ -75,7 +74,7 @@ class App:
         config.check(len(self.keys) > 0)
         self.salts = Salts()
         name = config.api.model_names[0] if config.api.model_names else str(tree.get("model", ""))
-        self.watched = Observatory(Metrics(name))
+        self.watched = Observatory.of(config.watch, name)
         self.gate = Admission(config.admission, draining)
         self.service = Service(client, self.watched, self.gate, config.api)
         self.failed: MillstreamError | None = None
@@ -96,6 +95,7 @@ class App:
         routes: list[Route] = [
             *base_routes.routes(client, self.names, self.ready, self.draining, self.load),
             *generating,
+            *vector_routes.routes([service]),
             *messages.routes(chats, told),
             *responses.routes(chats, self.responses, self.live, owner_of),
             *watch_routes.routes(self.watched, client, owner_of),
@@ -207,54 +207,9 @@ class App:
 
     async def execute(self, endpoint: str, body: bytes, owner: str, label: str) -> Answer:
         """Answers a line of a batch as the route of `endpoint` would, in the background, in the name of `owner`."""
-        entry, params = self.table.find("POST", endpoint)
+        entry, _ = self.table.find("POST", endpoint)
         caller = Caller(new_request_id(), owner, label, self.salts.of(owner), background=True)
-        scope = _scope(endpoint, body, caller)
-        scope["path_params"] = params
-        status, pieces = 0, bytearray()
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> Message:
-            # Nobody leaves: a batch that is cancelled cancels this task.
-            return unread.pop() if unread else await asyncio.get_running_loop().create_future()
-
-        async def send(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            pieces.extend(message.get("body", b""))
-
-        try:
-            await entry.route.app(scope, receive, send)
-        except Refused as error:
-            return _told(error, caller)
-        except Exception as error:
-            if telling(error).code == "internal_error":
-                _log.error("%s failed", caller.request_id, exc_info=error)
-            return _told(error, caller)
-        return Answer(status, bytes(pieces), caller.request_id)
-
-
-def _told(error: Exception, caller: Caller) -> Answer:
-    known = telling(error)
-    return Answer(known.status, msgspec.json.encode(known.body), caller.request_id)
-
-
-def _scope(path: str, body: bytes, caller: Caller) -> MutableMapping[str, Any]:
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
-        "client": None,
-        "server": None,
-        "state": {"caller": caller},
-    }
+        return await ask(entry.route.app, endpoint, body, caller)
 
 
 def _folder(config: ServeConfig) -> tuple[Path, bool]:

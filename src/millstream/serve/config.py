@@ -10,6 +10,7 @@ from typing import Any
 from millstream.core.errors import ConfigError
 from millstream.serve.batch_lines import BatchLimits
 from millstream.serve.files import FileLimits
+from millstream.serve.observatory import WatchConfig
 from millstream.serve.responses.kept import KeptLimits
 from millstream.serve.service import ApiConfig
 
@@ -119,6 +120,7 @@ class ServeConfig:
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     admin: AdminConfig = field(default_factory=AdminConfig)
     tls: TlsConfig = field(default_factory=TlsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     files: FileLimits = field(default_factory=FileLimits)
     batches: BatchLimits = field(default_factory=BatchLimits)

@@ -21,7 +21,7 @@ from millstream.core.errors import (
     UnknownModel,
     UnknownName,
 )
-from millstream.serve.caller import DeadlinePassed, Overloaded
+from millstream.serve.caller import Caller, DeadlinePassed, Overloaded
 from millstream.serve.files import TooLarge
 from millstream.serve.responses.live import TooManyResponses
 from millstream.serve.store import DiskTrouble
@@ -144,11 +144,14 @@ def _of_validation(text: str) -> Told:
 def told(request: Request, error: Exception) -> Response:
     """The response to an error that was raised before any other had begun. Faults of ours are logged, once."""
     known = telling(error)
+    caller: Caller | None = getattr(request.state, "caller", None)
     if known.code == "internal_error":
-        caller = getattr(request.state, "caller", None)
         name = "a request" if caller is None else caller.request_id
         _log.error("%s failed", name, exc_info=(type(error), error, error.__traceback__))
-    return response_of(known)
+    response = response_of(known)
+    if caller is not None:
+        response.headers["X-Request-Id"] = caller.label or caller.request_id
+    return response
 
 
 def response_of(known: Told) -> Response:

@@ -23,6 +23,7 @@ from millstream.serve.errors import Refused, Told
 from millstream.serve.files import FileObject
 from millstream.serve.openai.shapes import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk, TokensAsk
 from millstream.serve.responses import shapes as responses
+from millstream.serve.vector_routes import EmbeddingAsk, RerankAsk, ScoreAsk
 
 # Bodies that say little.
 SMALL_BYTES = 64 << 10
@@ -158,6 +159,12 @@ _FIXED: Mapping[tuple[str, str], Policy] = {
     ("POST", "/inference/v1/generate"): _ask("Token ids in, token ids out", TokensAsk, streams=True),
     ("POST", "/tokenize"): _ask("The tokens of a text or a chat", TokenizeAsk),
     ("POST", "/detokenize"): _ask("The text of tokens", DetokenizeAsk),
+    ("POST", "/v1/embeddings"): _ask("Vectors of texts", EmbeddingAsk, batch=True),
+    ("POST", "/v1/rerank"): _ask("Order documents by how they fit a query", RerankAsk, batch=True),
+    ("POST", "/v2/rerank"): _ask("The same as /v1/rerank", RerankAsk),
+    ("POST", "/rerank"): _ask("The same as /v1/rerank", RerankAsk),
+    ("POST", "/v1/score"): _ask("Scores of pairs of texts", ScoreAsk, batch=True),
+    ("POST", "/score"): _ask("The same as /v1/score", ScoreAsk),
     ("POST", "/v1/messages"): _ask(
         "Answer a chat, as Anthropic's API does", anthropic.Ask, streams=True, errors=anthropic_errors
     ),

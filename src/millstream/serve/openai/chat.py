@@ -20,7 +20,7 @@ from millstream.serve.chats import Said
 from millstream.serve.errors import Refused
 from millstream.serve.openai.reading import Counts, Reading, chat_logprob, prompt_logprobs
 from millstream.serve.openai.shapes import IGNORED, ChatAsk, params_of, salt_of, slo_of, structured_fields
-from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service
+from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service, end
 from millstream.serve.sse import DONE, EventStream, Primed, guarded, while_there
 from millstream.serve.structured import structured_of
 from millstream.serve.tools import ChatPlan, Turn, plan_chat
@@ -280,11 +280,17 @@ class ChatRoutes:
 
     async def answer(self, request: Request, body: Mapping[str, Any], operation: str) -> AsyncIterator[Said]:
         """See `serve/chats.py`."""
-        ask = msgspec.convert(dict(body), ChatAsk)
-        if (ask.n or 1) != 1:
-            raise BadRequest("n", ask.n, "1: this dialect of chat has one answer")
-        prepared = await self.prepare(request, ask)
-        self.service.admit(prepared.job)
+        call = self.service.begin(request, operation, request.url.path)
+        try:
+            self.service.gate.look(caller_of(request))
+            ask = msgspec.convert(dict(body), ChatAsk)
+            if (ask.n or 1) != 1:
+                raise BadRequest("n", ask.n, "1: this dialect of chat has one answer")
+            prepared = await self.prepare(request, ask)
+            self.service.admit(prepared.job)
+        except BaseException as error:
+            end(call, error)
+            raise
         output, counts = _Output(prepared), Counts()
         steps = self.service.run(prepared.job)
         try:
