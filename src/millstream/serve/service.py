@@ -121,7 +121,8 @@ class Job:
 
     @property
     def num_outputs(self) -> int:
-        return sum(part.params.n for part in self.parts)
+        """As the queue counts them. Vectors, which may be thousands, are one; how much they are, their tokens say."""
+        return max(1, sum(part.params.n for part in self.parts if part.kind is not Kind.EMBED))
 
 
 class Service:
@@ -254,6 +255,10 @@ class Service:
                 if chunk.finish is Finish.TIMEOUT and not started and not chunk.tokens:
                     raise DeadlinePassed(f"the deadline of {job.slo.deadline_s:g} s passed before the first token")
                 yield place, chunk
+            if not started:
+                # What generates nothing has waited until its end.
+                for seat in job.seats:
+                    seat.first_token()
             call.end(200)
         except BaseException as error:
             end(call, error)

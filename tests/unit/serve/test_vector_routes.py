@@ -36,27 +36,29 @@ class Gate:
     """Counts, and can be shut."""
 
     def __init__(self) -> None:
-        self.inside, self.shut = 0, False
+        self.inside, self.served, self.shut = 0, 0, False
 
     def look(self, caller: Caller) -> None:
         if self.shut:
             raise Overloaded("queue_full", "there is no room", 3.0)
 
     def enter(self, caller: Caller, tokens: int, requests: int, slo: Slo) -> Seat:
-        self.inside += requests
-        return Seat(self, requests)
+        assert requests == 1, "thousands of texts are one request, and as long as they are"
+        self.inside += 1
+        return Seat(self, tokens)
 
 
 class Seat:
-    def __init__(self, gate: Gate, requests: int) -> None:
-        self.gate, self.requests = gate, requests
+    def __init__(self, gate: Gate, tokens: int) -> None:
+        self.gate, self.tokens, self.here = gate, tokens, True
 
     def first_token(self) -> None:
-        pass
+        assert self.here
+        self.gate.served += self.tokens
 
     def leave(self) -> None:
-        self.gate.inside -= self.requests
-        self.requests = 0
+        self.gate.inside -= self.here
+        self.here = False
 
 
 class Bench:
@@ -210,7 +212,9 @@ def test_embeddings_refuse_by_name(bench, body, param, said):
 
 def test_the_most_texts_that_a_request_may_have(bench):
     texts = [f"the cat runs {i % 7}" for i in range(MAX_INPUTS)]
+    served = bench.gate.served
     answer = bench.ask("/v1/embeddings", input=texts, encoding_format="base64")
+    assert bench.gate.served - served == answer["usage"]["prompt_tokens"]
     found = [one["embedding"] for one in answer["data"]]
     assert len(found) == MAX_INPUTS and found[:7] == found[7:14] and len(set(found)) == 7
     (record,) = bench.records
