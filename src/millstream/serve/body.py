@@ -58,7 +58,7 @@ async def read(request: Request, kind: type[T], *, strict: bool = False, ignored
         asked = msgspec.json.decode(body, type=kind)
     except UnicodeDecodeError as error:
         raise Refused(400, "invalid_json", f"the body is not valid UTF-8: {error.reason}") from None
-    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = kind.__struct_encode_fields__
     given = _keys(body)
     if len(given) > MAX_KEYS:
         raise BadRequest("body", f"{len(given)} fields", f"at most {MAX_KEYS}")
