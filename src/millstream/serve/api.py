@@ -87,7 +87,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _uvicorn(app: Any, config: ServeConfig, limits: LimitsConfig, refused: Callable[[int], None]) -> _Server:
+def http_server(app: Any, config: ServeConfig, limits: LimitsConfig, refused: Callable[[int], None]) -> _Server:
     tls = config.tls
     return _Server(
         uvicorn.Config(
@@ -184,10 +184,10 @@ async def serve(
 
 def _servers(app: App, config: ServeConfig) -> list[_Server]:
     limits = _room_for(config.limits)
-    servers = [_uvicorn(app, config, limits, app.refused)]
+    servers = [http_server(app, config, limits, app.refused)]
     if app.admin is not None:
         plain = replace(config, tls=TlsConfig(), root_path="")
-        servers.append(_uvicorn(app.admin, plain, replace(limits, connections=16), app.refused))
+        servers.append(http_server(app.admin, plain, replace(limits, connections=16), app.refused))
     return servers
 
 

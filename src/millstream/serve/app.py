@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from millstream.config.load import build, home
@@ -35,6 +36,7 @@ from millstream.serve.http_watch import HttpWatch
 from millstream.serve.inside import ask
 from millstream.serve.observatory import Observatory
 from millstream.serve.openai import routes as openai
+from millstream.serve.openapi import describe
 from millstream.serve.policy import Table
 from millstream.serve.responses import kept
 from millstream.serve.responses import routes as responses
@@ -103,6 +105,7 @@ class App:
         # The routes of batches need to know which of the others take lines of batches, and these are all there by now.
         self.batches = Batches(self.store, self.files, self.execute, Table(routes).batch_paths, limits=config.batches)
         routes += batch_routes.routes(self.files, self.batches, owner_of)
+        routes.append(Route("/openapi.json", self.openapi, methods=["GET"]))
         self.table = Table(routes)
         self.door = Door(self.table, config, self.keys, self.salts)
         app: Any = self.door
@@ -193,6 +196,10 @@ class App:
         if served is None:
             raise self.failed or EngineAway("the model is being loaded")
         return served.facts, served.names
+
+    async def openapi(self, request: Request) -> Response:
+        document = describe(self.table.entries.values(), len(self.keys) > 0, self.config.root_path)
+        return Response(document, media_type="application/json")
 
     async def load(self) -> dict[str, Any]:
         load = await self.client.load()

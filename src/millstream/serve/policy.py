@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -62,7 +62,7 @@ def anthropic_errors(told: Told, request_id: str) -> dict[str, Any]:
 class Policy:
     """`asks` and `answers` are types of JSON bodies (Any: an object that the route's own documentation tells of);
     `media` is what an answer is otherwise. `streams`: it may answer with server-sent events. `batch`: lines of batches
-    may ask for it."""
+    may ask for it. `query` names its parameters, `others` tells of more statuses whose bodies are answers too."""
 
     summary: str
     access: Access = Access.KEY
@@ -73,6 +73,8 @@ class Policy:
     streams: bool = False
     batch: bool = False
     errors: ErrorShape = openai_errors
+    query: tuple[str, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 def _ask(summary: str, asks: Any, **given: Any) -> Policy:
@@ -138,13 +140,16 @@ class LogLevelAsk(msgspec.Struct):
     logger: str = "millstream"
 
 
-_FIXED: Mapping[tuple[str, str], Policy] = {
+_NOT_NOW = {"503": "Not now: the body says why"}
+_PAGES = ("after", "limit", "order")
+
+POLICIES: Mapping[tuple[str, str], Policy] = {
     # what a server says of itself
     ("GET", "/health"): _open("Whether this process lives", answers=Status),
-    ("GET", "/ready"): _open("Whether a request sent now would be served", answers=Status),
+    ("GET", "/ready"): _open("Whether a request sent now would be served", answers=Status, others=_NOT_NOW),
     ("GET", "/ping"): _open("The same as /health", answers=Status),
     ("POST", "/ping"): _open("The same as /health", answers=Status),
-    ("GET", "/health/deep"): Policy("Whether the engine computes: one token within a time limit"),
+    ("GET", "/health/deep"): Policy("Whether the engine computes: one token within a time limit", others=_NOT_NOW),
     ("GET", "/version"): Policy("The version of the server"),
     ("GET", "/load"): Policy("How many requests are inside and how many wait"),
     ("GET", "/openapi.json"): Policy("This description"),
@@ -172,24 +177,26 @@ _FIXED: Mapping[tuple[str, str], Policy] = {
         "The tokens of a chat, as Anthropic's API counts them", anthropic.Counted, errors=anthropic_errors
     ),
     ("POST", "/v1/responses"): _ask("Create a response", responses.Ask, streams=True, batch=True),
-    ("GET", "/v1/responses/{response_id}"): Policy("A response that is kept", streams=True),
+    ("GET", "/v1/responses/{response_id}"): Policy(
+        "A response that is kept", streams=True, query=("stream", "starting_after")
+    ),
     ("DELETE", "/v1/responses/{response_id}"): Policy("Forget a response", answers=Deleted),
     ("POST", "/v1/responses/{response_id}/cancel"): Policy("End a response in the background", body=Body.SMALL_JSON),
-    ("GET", "/v1/responses/{response_id}/input_items"): Policy("What a response was asked"),
+    ("GET", "/v1/responses/{response_id}/input_items"): Policy("What a response was asked", query=_PAGES),
     # files and batches
     ("POST", "/v1/files"): Policy("Upload a file", body=Body.UPLOAD, answers=FileObject),
-    ("GET", "/v1/files"): Policy("The files of this key", answers=FileList),
+    ("GET", "/v1/files"): Policy("The files of this key", answers=FileList, query=("purpose", *_PAGES)),
     ("GET", "/v1/files/{file_id}"): Policy("A file", answers=FileObject),
     ("DELETE", "/v1/files/{file_id}"): Policy("Delete a file", answers=Deleted),
     ("GET", "/v1/files/{file_id}/content"): Policy("The content of a file", media="application/octet-stream"),
     ("POST", "/v1/batches"): Policy("Begin a batch", body=Body.SMALL_JSON, asks=BatchAsk, answers=BatchObject),
-    ("GET", "/v1/batches"): Policy("The batches of this key", answers=BatchList),
+    ("GET", "/v1/batches"): Policy("The batches of this key", answers=BatchList, query=("after", "limit")),
     ("GET", "/v1/batches/{batch_id}"): Policy("A batch", answers=BatchObject),
     ("POST", "/v1/batches/{batch_id}/cancel"): Policy("Cancel a batch", body=Body.SMALL_JSON, answers=BatchObject),
     # what watches
     ("GET", "/"): _open("The playground", media="text/html"),
     ("GET", "/playground/{name}"): _open("A file of the playground's page", media="text/html"),
-    ("GET", "/playground/state"): Policy("What the playground shows"),
+    ("GET", "/playground/state"): Policy("What the playground shows", query=("since",)),
     ("GET", "/metrics"): Policy("Metrics, for Prometheus", media="text/plain"),
     ("GET", "/v1/requests/{id}/timeline"): Policy("What happened to a request"),
     # the admin listener
@@ -199,8 +206,6 @@ _FIXED: Mapping[tuple[str, str], Policy] = {
     ("GET", "/admin/requests/{id}/timeline"): _admin("What happened to a request of any key"),
     ("POST", "/admin/log-level"): _admin("How much is logged", body=Body.SMALL_JSON, asks=LogLevelAsk),
 }
-
-POLICIES: dict[tuple[str, str], Policy] = dict(_FIXED)
 
 
 @dataclass(frozen=True, slots=True)
