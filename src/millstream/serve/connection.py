@@ -87,7 +87,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_head, self._in_body = True, False
-        self._head_bytes = self._head_count = self._dry_bytes = 0
+        self._head_bytes = self._head_count = 0
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
