@@ -49,10 +49,15 @@ def sealed(entry: str) -> str:
     name, form, rest = _parts(entry)
     if form != "plain":
         return f"{name}:{form}:{rest}"
-    if rest.startswith(MADE) and len(rest) >= _MADE_CHARS:
+    if _made(rest):
         return f"{name}:sha256:{hashlib.sha256(rest.encode()).hexdigest()}"
     salt = secrets.token_bytes(16)
     return f"{name}:scrypt:{salt.hex()}:{_slow_hash(rest, salt).hex()}"
+
+
+def _made(key: str) -> bool:
+    """Whether it was made here, and so needs no slow hash: a short one of the same beginning was chosen by somebody."""
+    return key.startswith(MADE) and len(key) >= _MADE_CHARS
 
 
 def _parts(entry: str) -> tuple[str, str, str]:
@@ -127,7 +132,7 @@ class Keyring:
         if not given or len(given) > MAX_CHARS:
             return None
         found = self.find(given)
-        if found is not None or not self._slow or given.startswith(MADE):
+        if found is not None or not self._slow or _made(given):
             return found
         mark = hashlib.blake2b(given.encode("latin-1", "replace"), key=self._secret, digest_size=32).digest()
         if mark in self._remembered:

@@ -98,6 +98,7 @@ class ChatRoutes:
             logprobs=(ask.top_logprobs or 0) if ask.logprobs else None,
             structured=plan.structured,
             max_n=config.n,
+            logprobs_field="top_logprobs",
         )
         for text in plan.warnings:
             warn(request, text)

@@ -156,8 +156,11 @@ def params_of(
     logprobs: int | None,
     structured: Structured | None = None,
     max_n: int = MAX_N,
+    logprobs_field: str = "logprobs",
 ) -> SamplingParams:
     """The sampling parameters of a request; what it leaves out is `defaults`' and then the engine's own.
+
+    `logprobs_field` is what it calls the number of alternatives.
 
     Raises BadRequest naming the field.
     """
@@ -174,7 +177,7 @@ def params_of(
         given["stop_token_ids"] = tuple(ask.stop_token_ids)
     if ask.logit_bias:
         given["logit_bias"] = {_token(token): bias for token, bias in ask.logit_bias.items()}
-    for name, count in (("logprobs", logprobs), ("prompt_logprobs", ask.prompt_logprobs)):
+    for name, count in ((logprobs_field, logprobs), ("prompt_logprobs", ask.prompt_logprobs)):
         if count is not None and not 0 <= count <= MAX_TOP_LOGPROBS:
             raise BadRequest(name, count, f"0 to {MAX_TOP_LOGPROBS}")
     return SamplingParams(
