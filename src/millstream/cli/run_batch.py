@@ -17,7 +17,7 @@ from millstream.cli.output import download_progress, emit, json_only, note
 if TYPE_CHECKING:
     from millstream.serve.batch_run import BatchRun, Summary
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/v1/score")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +68,14 @@ async def _run(args: argparse.Namespace, model: str, one: BatchRun) -> None:
     from millstream.serve.observatory import Observatory
     from millstream.serve.openai.routes import routes
     from millstream.serve.service import Service
+    from millstream.serve.vector_routes import routes as vector_routes
 
     with download_progress(model) as progress:
         llm = AsyncLLM(model, engine_config(args), progress=progress, notice=note)
     facts = await llm.client.facts()
     service = Service(llm.client, Observatory(Metrics(model, facts.limits.max_context, process=False)), NoGate())
     service.take(facts, llm.tokenizer)
-    app = Starlette(routes=routes(service)[1])
+    app = Starlette(routes=[*routes(service)[1], *vector_routes([service])])
 
     async def execute(endpoint: str, body: bytes, request_id: str) -> Answer:
         return await ask(app.router, endpoint, body, Caller(request_id))

@@ -41,6 +41,7 @@ _FLAGS: Mapping[str, tuple[tuple[str, str, type, str], ...]] = {
         ("--shutdown-timeout", "supervisor.drain_s", float, "seconds that requests have to finish (default 30)"),
     ),
     "the API": (
+        ("--embedding-model", "embedding.model", str, "a second model, for embeddings, rerank and score"),
         ("--folder", "serve.folder", str, "where files, batches and responses are kept"),
         ("--tool-call-parser", "serve.api.tool_parser", str, "how the model writes calls of tools (default auto)"),
         ("--reasoning-parser", "serve.api.reasoning_parser", str, "how the model writes its thinking (default auto)"),
@@ -120,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"millstream: {taken}", file=sys.stderr)
         return Exit.ADDRESS
     _find_model(tree["model"])
+    if (second := tree.get("embedding", {}).get("model")) and not _find_model(second):
+        raise ConfigError(f"embedding.model: {second} gives no vectors; all-minilm-l6-v2 is one that does")
     from millstream.serve.supervisor import supervise
 
     level = getattr(logging, args.log_level.upper())
@@ -154,9 +157,9 @@ def check(tree: Mapping[str, Any]) -> dict[str, Any]:
     from millstream.config.schema import EngineConfig
     from millstream.serve.auth import entries_of
     from millstream.serve.config import ServeConfig, without_secrets
-    from millstream.serve.supervisor import SupervisorConfig
+    from millstream.serve.supervisor import EmbeddingConfig, SupervisorConfig
 
-    known = ("model", "engine", "serve", "supervisor")
+    known = ("model", "engine", "embedding", "serve", "supervisor")
     for name in tree:
         if name not in known:
             from millstream.core.errors import nearest
@@ -168,11 +171,13 @@ def check(tree: Mapping[str, Any]) -> dict[str, Any]:
             )
     serve = build(ServeConfig, tree["serve"], "serve")
     engine = build(EngineConfig, tree.get("engine", {}), "engine")
+    embedding = build(EmbeddingConfig, tree.get("embedding", {}), "embedding")
     supervisor = build(SupervisorConfig, tree.get("supervisor", {}), "supervisor")
     serve.check(bool(entries_of(serve.auth)))
     whole = {
         "model": tree["model"],
         "engine": tree_of(engine),
+        **({"embedding": tree_of(embedding)} if embedding.model else {}),
         "serve": tree_of(serve),
         "supervisor": tree_of(supervisor),
     }
@@ -245,10 +250,13 @@ def _asked() -> str:
     return getpass.getpass("key: ")
 
 
-def _find_model(name: str) -> None:
-    """Downloads it where it is not here, and reads its headers: better now than in a process that is restarted."""
+def _find_model(name: str) -> bool:
+    """Downloads it where it is not here, and reads its headers: better now than in a process that is restarted.
+
+    Whether it gives vectors.
+    """
     from millstream.cli.output import download_progress, note
     from millstream.models.opened import open_model
 
     with download_progress(name) as progress:
-        open_model(name, progress=progress, notice=note)
+        return bool(open_model(name, progress=progress, notice=note).spec.vectors)

@@ -178,7 +178,8 @@ class RemoteEngine:
     While it is away, requests that were inside wait for `patience_s`; one that was inside when the engine was lost for
     the `max_losses`-th time may be what kills it, and is not sent again. An engine that gives no sign of life for
     `quiet_s` is not ready, nor is one whose present turn lasts longer than `stall_s`. A request's `arrival` is in
-    seconds of `time.monotonic()`; 0 means now.
+    seconds of `time.monotonic()`; 0 means now. `first_id` keeps the ids of requests to several engines
+    apart.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class RemoteEngine:
         max_losses: int = 3,
         quiet_s: float = 3.0,
         stall_s: float = 30.0,
+        first_id: int = 1,
     ) -> None:
         self.path = str(path)
         self.patience_s, self.max_losses, self.quiet_s, self.stall_s = patience_s, max_losses, quiet_s, stall_s
@@ -198,7 +200,7 @@ class RemoteEngine:
         self.engine_pid: int | None = None  # of the last engine that answered
         self._facts: ModelFacts | None = None
         self._random = random.Random()
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(first_id)
         self._last_wire_id = 0
         self._streams: dict[int, _Stream] = {}
         self._by_request: dict[int, _Stream] = {}

@@ -33,6 +33,7 @@ import uvicorn
 from millstream.config.load import build, read_file
 from millstream.core.client import EngineClient
 from millstream.core.errors import EngineClosed, MillstreamError
+from millstream.core.request import Kind
 from millstream.engine.exits import Exit, orphaned
 from millstream.engine.process import leave
 from millstream.engine.remote import RemoteEngine
@@ -47,16 +48,24 @@ CHECK_S = 0.25
 FLUSH_S = 2.0
 # Descriptors that are for other things than connections: files, the engine, the store.
 OWN_FILES = 128
+# Ids of requests to the second engine begin here, so that whoever watches does not take them for the first one's.
+BESIDE = 1 << 40
 
 _log = logging.getLogger("millstream.serve")
 
 
 class Life:
     """What a server goes through, for those who answer requests. `on_reload` get the config's tree at SIGHUP,
-    `on_drain` are called when nothing more is taken, and `stop` is as good as a SIGTERM."""
+    `on_drain` are called when nothing more is taken, and `stop` is as good as a SIGTERM. `embedding` is a second
+    engine, of an embedding model."""
 
-    def __init__(self, client: EngineClient, stop: Callable[[], None] = lambda: None) -> None:
-        self.client, self.stop = client, stop
+    def __init__(
+        self,
+        client: EngineClient,
+        stop: Callable[[], None] = lambda: None,
+        embedding: EngineClient | None = None,
+    ) -> None:
+        self.client, self.stop, self.embedding = client, stop, embedding
         self.draining = False
         self.on_reload: list[Callable[[Mapping[str, Any]], None]] = []
         self.on_drain: list[Callable[[], Awaitable[None]]] = []
@@ -73,7 +82,7 @@ class Life:
 
 def make_app(life: Life, tree: Mapping[str, Any]) -> App:
     """All that is answered over HTTP. `tree` is the config's. Raises ConfigError and BadFile."""
-    app = App(life.client, tree, draining=lambda: life.draining, stop_server=life.stop)
+    app = App(life.client, tree, embedding=life.embedding, draining=lambda: life.draining, stop_server=life.stop)
     life.on_reload.append(app.reload)
     life.on_drain.append(app.drain)
     return app
@@ -130,6 +139,7 @@ async def serve(
     file: Path,
     parent: int | None = None,
     make: Callable[[Life, Mapping[str, Any]], App] = make_app,
+    embedding: Path | None = None,
 ) -> Exit:
     """Serves until told to stop. Raises ConfigError and BadFile."""
     tree = read_file(file)
@@ -141,7 +151,8 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.put_nowait, number)
     client = RemoteEngine(engine)
-    life = Life(client, lambda: told.put_nowait(signal.SIGTERM))
+    beside = None if embedding is None else RemoteEngine(embedding, first_id=BESIDE)
+    life = Life(client, lambda: told.put_nowait(signal.SIGTERM), beside)
     loop.add_signal_handler(signal.SIGHUP, _reload, life, file)
     async with contextlib.AsyncExitStack() as stack:
         socks: list[socket.socket] = []
@@ -154,8 +165,10 @@ async def serve(
             stack.callback(socks[-1].close)
         app = make(life, tree)
         stack.push_async_callback(app.stop)
-        await client.start()
-        stack.push_async_callback(client.close)
+        for one in (client, beside):
+            if one is not None:
+                await one.start()
+                stack.push_async_callback(one.close)
         await app.start()
         servers = _servers(app, config)
         serving = asyncio.ensure_future(_serve_all(servers, socks))
@@ -203,19 +216,24 @@ async def _announce(app: App, url: str, config: ServeConfig) -> None:
         await app.client.facts()
         while not await app.ready():
             await asyncio.sleep(CHECK_S)
-        _, names = await app.names()
+        facts, names = (await app.names())[0]
         curl, base = "curl", url + config.root_path
         if config.uds:
             curl, base = f"curl --unix-socket {config.uds}", "http://localhost" + config.root_path
         elif config.tls.certfile:
             curl = "curl --cacert YOUR_CA.pem"
         key = ' -H "Authorization: Bearer $KEY"' if len(app.keys) else ""
-        body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        path, body = (
+            "chat/completions",
+            f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}',
+        )
+        if Kind.GENERATE not in facts.limits.kinds:
+            path, body = "embeddings", f'{{"model": "{names[0]}", "input": "Hello!"}}'
         print(
             f"\n{names[0]} is served.\n"
             f"  playground   {base}/\n"
             f"  API          {base}/v1\n"
-            f"  try          {curl} {base}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'\n",
+            f"  try          {curl} {base}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n",
             flush=True,
         )
 
@@ -247,7 +265,7 @@ async def _drain(
 async def _finish(life: Life) -> None:
     for stop in life.on_drain:
         await stop()
-    await life.client.drain()
+    await asyncio.gather(*(one.drain() for one in (life.client, life.embedding) if one is not None))
 
 
 async def _alone(parent: int | None) -> None:
@@ -280,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("millstream.serve.api", description="The API process of a server.")
     parser.add_argument("--socket", type=Path, required=True, help="the engine's")
     parser.add_argument("--config", type=Path, required=True, help="TOML, YAML or JSON: [serve] and [supervisor]")
+    parser.add_argument("--embedding-socket", type=Path, help="that of a second engine, of an embedding model")
     parser.add_argument("--parent", type=int, help="end when the process of this id is no longer the parent")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
@@ -287,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return int(runner.run(serve(args.socket, args.config, args.parent)))
+            return int(runner.run(serve(args.socket, args.config, args.parent, embedding=args.embedding_socket)))
     except MillstreamError as error:
         _log.error("%s", error)
         return Exit.USAGE

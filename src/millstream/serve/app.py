@@ -7,7 +7,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from starlette.routing import Route
 
 from millstream.config.load import build, home
 from millstream.core.client import EngineClient, ModelFacts
-from millstream.core.errors import EngineAway, EngineClosed, MillstreamError
+from millstream.core.errors import ConfigError, EngineAway, EngineClosed, MillstreamError
+from millstream.core.request import Kind
 from millstream.serve import admin_routes, base_routes, batch_routes, files, vector_routes, watch_routes
 from millstream.serve import batches as batches_module
 from millstream.serve.admission import Admission
@@ -58,8 +60,9 @@ def owner_of(request: Request) -> str:
 class App:
     """An ASGI app, between `start` and `stop` on one event loop; `admin` is that of the second listener.
 
-    `stop_server` has the server drain and end. Raises ConfigError where the configuration is wrong, where a route has
-    no policy, and where another server has the folder; BadFile where a file of keys cannot be read.
+    `embedding` is a second engine, of an embedding model. `stop_server` has the server drain and end. Raises
+    ConfigError where the configuration is wrong, where a route has no policy, and where another server has the folder;
+    BadFile where a file of keys cannot be read.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class App:
         client: EngineClient,
         tree: Mapping[str, Any],
         *,
+        embedding: EngineClient | None = None,
         draining: Callable[[], bool] = lambda: False,
         stop_server: Callable[[], None] = lambda: None,
     ) -> None:
@@ -79,8 +83,16 @@ class App:
         self.watched = Observatory.of(config.watch, name)
         self.gate = Admission(config.admission, draining)
         self.service = Service(client, self.watched, self.gate, config.api)
+        self.services, self.gates = [self.service], [self.gate]
+        if embedding is not None:
+            # A queue of its own: what waits for one engine says nothing of the other.
+            self.gates.append(Admission(config.admission, draining))
+            own = replace(config.api, model_names=())
+            self.services.append(Service(embedding, self.watched, self.gates[-1], own))
+            for one, other in (self.services, self.services[::-1]):
+                one.beside = (other,)
         self.failed: MillstreamError | None = None
-        self._loading: asyncio.Task[None] | None = None
+        self._loading: list[asyncio.Task[None]] = []
         self.folder, self._own_folder = _folder(config)
         self.store = Store(self.folder, files.SCHEMA, batches_module.SCHEMA, kept.SCHEMA)
         try:
@@ -97,7 +109,7 @@ class App:
         routes: list[Route] = [
             *base_routes.routes(client, self.names, self.ready, self.draining, self.load),
             *generating,
-            *vector_routes.routes([service]),
+            *vector_routes.routes(self.services),
             *messages.routes(chats, told),
             *responses.routes(chats, self.responses, self.live, owner_of),
             *watch_routes.routes(self.watched, client, owner_of),
@@ -136,11 +148,13 @@ class App:
         await self.responses.start()
         await self.batches.start()
         self.watched.watch(self.client)
-        self._loading = asyncio.create_task(self._load())
+        self._loading = [asyncio.create_task(self._load(service)) for service in self.services]
 
-    async def _load(self) -> None:
+    async def _load(self, service: Service) -> None:
         try:
-            await self.service.load()
+            served = await service.load()
+            if service is not self.service and Kind.EMBED not in served.facts.limits.kinds:
+                raise ConfigError(f"embedding.model: {served.name} gives no vectors")
         except EngineClosed:
             pass
         except MillstreamError as error:
@@ -155,13 +169,14 @@ class App:
         await self.batches.stop()
 
     async def stop(self) -> None:
-        if self._loading is not None:
-            self._loading.cancel()
-            await asyncio.gather(self._loading, return_exceptions=True)
+        for task in self._loading:
+            task.cancel()
+        await asyncio.gather(*self._loading, return_exceptions=True)
         await self.batches.stop()
         await self.live.stop()
         await self.watched.close()
-        self.service.close()
+        for service in self.services:
+            service.close()
         self.keys.close()
         await asyncio.to_thread(self._close_folder)
 
@@ -177,7 +192,8 @@ class App:
         config.check(len(keys) > 0)
         old, self.keys = self.keys, keys
         self.door.keys = keys
-        self.gate.config = config.admission
+        for gate in self.gates:
+            gate.config = config.admission
         old.close()
         _log.info("there are %d API keys", len(keys))
 
@@ -189,13 +205,14 @@ class App:
 
     async def ready(self) -> bool:
         """Whether a request that is sent now would be served."""
-        return self.service.served is not None and not self.draining() and await self.client.ready()
+        loaded = all(service.served is not None for service in self.services) and not self.draining()
+        return loaded and all([await service.client.ready() for service in self.services])
 
-    async def names(self) -> tuple[ModelFacts, tuple[str, ...]]:
-        served = self.service.served
-        if served is None:
+    async def names(self) -> Sequence[tuple[ModelFacts, Sequence[str]]]:
+        found = [(one.served.facts, one.served.names) for one in self.services if one.served is not None]
+        if self.service.served is None:
             raise self.failed or EngineAway("the model is being loaded")
-        return served.facts, served.names
+        return found
 
     async def openapi(self, request: Request) -> Response:
         document = describe(self.table.entries.values(), len(self.keys) > 0, self.config.root_path)

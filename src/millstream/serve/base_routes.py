@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -25,8 +25,8 @@ DEEP_S = 10.0
 NO_STORE = {"Cache-Control": "no-store"}
 RETRY = {"Retry-After": "1"}
 
-Names = Callable[[], Awaitable[tuple[ModelFacts, tuple[str, ...]]]]
-"""The facts of the model and all of its names. Raises EngineAway while there is none."""
+Names = Callable[[], Awaitable[Sequence[tuple[ModelFacts, Sequence[str]]]]]
+"""The facts of each model and all of its names, that of `client` first. Raises EngineAway while that is not there."""
 
 
 def routes(
@@ -59,7 +59,7 @@ def routes(
         """Asks for one token, in steps that nobody else needs: "computed", "busy" with others, or what is wrong."""
         try:
             before = await _steps(client)
-            facts, _ = await names()
+            facts = (await names())[0][0]
             kind = Kind.GENERATE if Kind.GENERATE in facts.limits.kinds else Kind.EMBED
             ask = Ask(
                 client.new_id(),
@@ -93,15 +93,14 @@ def routes(
         return _json(await load())
 
     async def models(request: Request) -> Response:
-        facts, all_names = await names()
-        return _json(ModelList(data=[card(facts, name) for name in all_names]))
+        return _json(ModelList(data=[card(facts, name) for facts, own in await names() for name in own]))
 
     async def model(request: Request) -> Response:
         name = request.path_params["model"]
-        facts, all_names = await names()
-        if name not in all_names:
-            raise UnknownModel(name[:200], all_names)
-        return _json(card(facts, name))
+        found = {one: facts for facts, own in await names() for one in own}
+        if name not in found:
+            raise UnknownModel(name[:200], found)
+        return _json(card(found[name], name))
 
     def card(facts: ModelFacts, name: str) -> ModelCard:
         kinds = sorted(kind.value for kind in facts.limits.kinds)

@@ -153,8 +153,8 @@ POLICIES: Mapping[tuple[str, str], Policy] = {
     ("GET", "/version"): Policy("The version of the server"),
     ("GET", "/load"): Policy("How many requests are inside and how many wait"),
     ("GET", "/openapi.json"): Policy("This description"),
-    ("GET", "/v1/models"): Policy("The served model, by all of its names", answers=ModelList),
-    ("GET", "/v1/models/{model:path}"): Policy("One name of the served model", answers=ModelCard),
+    ("GET", "/v1/models"): Policy("The served models, by all of their names", answers=ModelList),
+    ("GET", "/v1/models/{model:path}"): Policy("One name of a served model", answers=ModelCard),
     # what generates
     ("POST", "/v1/chat/completions"): _ask("Answer a chat", ChatAsk, streams=True, batch=True),
     ("POST", "/v1/chat/completions/render"): _ask("The prompt that a chat comes to", ChatAsk),

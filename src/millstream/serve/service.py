@@ -128,6 +128,9 @@ class Job:
 class Service:
     """Everything that routes stand on which generate."""
 
+    # Those of other models, which clients may name too.
+    beside: Sequence[Service] = ()
+
     def __init__(self, client: EngineClient, watched: Observatory, gate: Gate, config: ApiConfig = ApiConfig()) -> None:
         self.client, self.watched, self.gate, self.config = client, watched, gate, config
         self.served: Served | None = None
@@ -151,23 +154,28 @@ class Service:
             defaults["temperature"] = 0.0
         names = tuple(dict.fromkeys((*self.config.model_names, facts.model)))
         self.served = Served(facts, tokenizer, compiler, names, defaults)
-        self.watched.describe(facts)
         return self.served
 
     def served_model(self, name: str | None) -> Served:
-        """The served model, where `name` is one of its names or not given. Raises EngineAway and UnknownModel."""
-        served = self.served
-        if served is None:
+        """The served model, where `name` is one of its names or not given, or the one beside it of that name.
+
+        Raises EngineAway and UnknownModel.
+        """
+        found = [one.served for one in (self, *self.beside) if one.served is not None]
+        for served in found:
+            if name in served.names:
+                return served
+        if self.served is None or (name is not None and len(found) <= len(self.beside)):
             raise EngineAway("the model is being loaded")
-        if name is not None and name not in served.names:
-            raise UnknownModel(name[:200], served.names)
-        return served
+        if name is not None:
+            raise UnknownModel(name[:200], [one for served in found for one in served.names])
+        return self.served
 
     def model(self, name: str | None, kind: Kind = Kind.GENERATE) -> Served:
-        """The same, for what not every model does. Raises BadRequest too."""
+        """The same, for what not every model does, of those that are served from here. Raises BadRequest too."""
         served = self.served_model(name)
         kinds = served.facts.limits.kinds
-        if kind not in kinds:
+        if kind not in kinds or served is not self.served:
             paths = [path for one in Kind if one in kinds for path in PATHS.get(one, ())]
             raise BadRequest("model", served.name, f"a model that can {kind.value}; this one is for {', '.join(paths)}")
         return served

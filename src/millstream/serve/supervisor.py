@@ -27,11 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from millstream.config.load import build, read_file, runtime_dir
+from millstream.config.schema import EngineConfig
 from millstream.core.errors import ConfigError, MillstreamError
 from millstream.engine import wire
 from millstream.engine.exits import HOPELESS, Exit, told
@@ -72,6 +73,15 @@ class SupervisorConfig:
         for name in self.__slots__:
             if getattr(self, name) < 0:
                 raise ConfigError(f"supervisor.{name}: got {getattr(self, name)}, allowed are numbers from 0")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingConfig:
+    """A second engine, whose `model` gives vectors; none without one. `engine` holds its settings, as `[engine]` those
+    of the first."""
+
+    model: str = ""
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 class Health:
@@ -375,23 +385,35 @@ def write_launch(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def supervise(read: Callable[[], Mapping[str, Any]]) -> int:
-    """Runs a server as the tree that `read` gives says: `model`, and the tables `engine`, `serve` and `supervisor`.
+    """Runs a server as the tree that `read` gives says: `model`, and the tables `engine`, `embedding`, `serve` and
+    `supervisor`.
 
     It is read again at SIGHUP; what is in `serve` may change then. Returns an exit code. Raises ConfigError, BadFile.
     """
     tree = read()
     config = build(SupervisorConfig, tree.get("supervisor", {}), "supervisor")
+    embedding = tree.get("embedding", {})
+    second = build(EmbeddingConfig, embedding, "embedding").model
     folder = Path(tempfile.mkdtemp(prefix="millstream-", dir=runtime_dir()))
     try:
         launch, socket = folder / "launch.json", folder / "engine.sock"
         write_launch(launch, tree)
         given = ("--socket", str(socket), "--config", str(launch), "--parent", str(os.getpid()))
+        api: Command = (sys.executable, "-m", "millstream.serve.api", *given)
+        beside: dict[str, tuple[Command, Path]] = {}
+        if second:
+            own, other = folder / "embedding.json", folder / "embedding.sock"
+            write_launch(own, embedding)
+            words = ("--socket", str(other), "--config", str(own), "--parent", str(os.getpid()))
+            beside["embedding engine"] = ((sys.executable, "-m", "millstream.engine.process", *words), other)
+            api = (*api, "--embedding-socket", str(other))
         supervisor = Supervisor(
             (sys.executable, "-m", "millstream.engine.process", *given),
-            (sys.executable, "-m", "millstream.serve.api", *given),
+            api,
             socket,
             config,
             lambda: write_launch(launch, read()),
+            beside,
         )
         return int(asyncio.run(supervisor.run()))
     finally:

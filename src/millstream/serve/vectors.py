@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from millstream.core.errors import BadRequest, EngineAway, RequestFault, Told, UnknownModel
+from millstream.core.errors import BadRequest, RequestFault, Told
 from millstream.core.request import Kind, SamplingParams
 from millstream.engine.vectors import floats, probability, similarity
 from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service
@@ -44,15 +44,11 @@ def pick(services: Sequence[Service], name: str | None) -> tuple[Service, Served
 
     Raises UnknownModel, EngineAway, and BadRequest for a model that gives no vectors.
     """
-    loaded = [(service, service.served) for service in services if service.served is not None]
-    for service, served in loaded:
-        if name in served.names or (name is None and Kind.EMBED in served.facts.limits.kinds):
+    for service in services:
+        served = service.served
+        if served is not None and (name in served.names or (name is None and Kind.EMBED in served.facts.limits.kinds)):
             return service, service.model(name, Kind.EMBED)
-    if name is not None:
-        if len(loaded) < len(services):
-            raise EngineAway("a model is being loaded")
-        raise UnknownModel(name[:200], [one for _, served in loaded for one in served.names])
-    return services[-1], services[-1].model(None, Kind.EMBED)
+    return services[-1], services[-1].model(name, Kind.EMBED)
 
 
 async def prompts_of(service: Service, served: Served, texts: Sequence[Text], keep: int | None) -> list[Prompt]:

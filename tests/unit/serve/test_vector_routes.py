@@ -72,6 +72,7 @@ class Bench:
         self.llm = AsyncLLM(str(folder))
         self.service = Service(self.llm.client, self.watched, self.gate, ApiConfig(model_names=("tiny",), **config))
         self.service.take(asyncio.run(self.llm.client.facts()), self.llm.tokenizer)
+        self.service.beside = beside
         self.caller: dict[str, Any] = {}
         self.number = 0
         paths = routes((*beside, self.service))
