@@ -88,8 +88,10 @@ class Admission:
         if waited_s < PROOF_S:
             return 0.0
         rate = self.rate
-        # Nothing has left yet: the queue is at least as slow as its first one has shown.
-        return (self.waiting_tokens + tokens) / rate if rate > 0 else 2 * waited_s
+        if rate > 0:
+            return (self.waiting_tokens + tokens) / rate
+        # Nothing has left yet. One alone may have a long prompt; of several the next will wait as long at least.
+        return waited_s if len(self._queue) > 1 else 0.0
 
     # -- Gate
 
@@ -107,7 +109,7 @@ class Admission:
         if config.tenant_requests or config.tenant_tokens_per_min:
             tenant = self._tenant(caller.tenant)
             tenant.requests += requests
-            tenant.tokens -= tokens
+            tenant.tokens -= tokens if config.tenant_tokens_per_min else 0
         if place.waits:
             self._count()
             self._queue[place] = None
