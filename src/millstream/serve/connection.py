@@ -47,6 +47,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
+        # Paths may hold what clients say; what is to be logged of a request, others log.
+        self.access_log = False
         if len(self.connections) > self.limits.connections and not self._make_room():
             self._refuse(503, "too_many_connections", "too many connections are open; try again", "1")
             return
