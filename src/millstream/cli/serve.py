@@ -84,7 +84,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--allowed-origins", nargs="+", metavar="ORIGIN", help="pages of browsers that may ask; * is all")
     keys.add_argument("--new-key", metavar="NAME", help="make a key, print it and the line for a key file, and leave")
     keys.add_argument("--hash-key", metavar="NAME", help="ask for a key of your own, print its line, and leave")
-    parser.add_argument("--served-model-name", nargs="+", metavar="NAME", help="other names of the model")
+    parser.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="what clients call the model (default: its name)"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse fields of requests that are not known")
     parser.add_argument("--trust-request-chat-template", action="store_true", help="requests may bring chat templates")
     parser.add_argument("--no-enable-prefix-caching", action="store_true", help="keep no prefixes")

@@ -44,7 +44,7 @@ from millstream.serve.responses import kept
 from millstream.serve.responses import routes as responses
 from millstream.serve.responses.kept import Responses
 from millstream.serve.responses.live import LiveResponses
-from millstream.serve.service import Service
+from millstream.serve.service import Service, shown_name
 from millstream.serve.store import Store
 
 EXPOSED = ("X-Request-Id", "X-Millstream-Request-Id", "X-Millstream-Warning", "Retry-After", "WWW-Authenticate")
@@ -79,7 +79,7 @@ class App:
         self.keys = Keyring(entries_of(config.auth))
         config.check(len(self.keys) > 0)
         self.salts = Salts()
-        name = config.api.model_names[0] if config.api.model_names else str(tree.get("model", ""))
+        name = config.api.model_names[0] if config.api.model_names else shown_name(str(tree.get("model", "")))
         self.watched = Observatory.of(config.watch, name)
         self.gate = Admission(config.admission, draining)
         self.service = Service(client, self.watched, self.gate, config.api)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -48,7 +50,7 @@ MERGED = 64
 class ApiConfig:
     """`[serve.api]`: what requests may ask for.
 
-    `model_names` are other names of the model, the first of them shown. `strict` refuses fields that are not known
+    `model_names` are what clients call the model, instead of its own name. `strict` refuses fields that are not known
     instead of telling them in a header. `chat_templates` lets clients bring a template of their own. With
     `generation_config` "none" the model's own sampling defaults are left out. A prompt may have `prompt_bytes` of text
     before it is cut into tokens, a request `prompts` of them and `n` outputs of each. Deadlines in seconds: one for
@@ -152,7 +154,7 @@ class Service:
         defaults = {name: own[name] for name in DEFAULTS if own.get(name) is not None}
         if own.get("do_sample") is False:
             defaults["temperature"] = 0.0
-        names = tuple(dict.fromkeys((*self.config.model_names, facts.model)))
+        names = tuple(dict.fromkeys(self.config.model_names)) or (shown_name(facts.model),)
         self.served = Served(facts, tokenizer, compiler, names, defaults)
         return self.served
 
@@ -333,6 +335,11 @@ class Service:
             cache_salt=job.salt,
             label=job.caller.label,
         )
+
+
+def shown_name(model: str) -> str:
+    """What clients call a model: of a path, which is nobody's business, the last part."""
+    return Path(model).name if os.sep in model and Path(model).exists() else model
 
 
 def end(call: Call, error: BaseException) -> None:
