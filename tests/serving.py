@@ -30,7 +30,11 @@ from tiny_files import build_model
 WAIT_S = 60.0
 MODULES = {"engine": "millstream.engine.process", "api": "millstream.serve.api"}
 # A tiny model on half a core: what a test needs, and no more.
-ENGINE = {"cache": {"blocks": 2048, "block_size": 16}, "runner": {"threads": 1, "plans": 1}}
+ENGINE = {
+    "cache": {"blocks": 2048, "block_size": 16},
+    "sched": {"step_tokens": 256},
+    "runner": {"threads": 1, "plans": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class WholeServer(Client):
         sets = [f"{room}.{name}={value}" for room, values in ENGINE.items() for name, value in values.items()]
         command = [sys.executable, "-m", "millstream", "serve", str(model), "--port", "0"]
         command += [word for one in sets for word in ("--set", one)]
-        env = {**os.environ, "MILLSTREAM_HOME": str(folder / "home"), **environment}
+        env = {**os.environ, **environment}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen([*command, *words], stdout=log, stderr=log, env=env)
         self.seen: set[int] = set()
