@@ -1,8 +1,9 @@
 """Who may come in: a queue that is bounded by requests, by tokens and by time, and quotas of tenants.
 
 A request waits here from its arrival to its first token. How long a new one would wait is told by how fast prompts
-leave the queue: their tokens a second, over the last seconds in which there was one. A server that is not behind has
-nothing to predict, so the guess counts only once somebody has really waited.
+leave the queue: their tokens a second, over the last seconds in which there was one. A server that was never behind
+does not know how fast it is, so its guess counts only once somebody has really waited; for some minutes after it was
+behind it knows, and a burst is cut to what fits from its first request on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from millstream.serve.config import AdmissionConfig
 WINDOW_S = 10.0
 # Nobody is turned away for a guess before somebody has waited so long.
 PROOF_S = 0.5
+# How long it is remembered how fast the server was when it was behind, and what it takes to know.
+MEMORY_S, KNOWN_S = 120.0, 1.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 DRAIN_RETRY_S = 5.0
 MINUTE_S = 60.0
@@ -53,6 +56,24 @@ class _Tenant:
         self.requests, self.tokens, self.filled_at = 0, tokens, now
 
 
+class _Rate:
+    """Tokens a second of the recent past. It fades with the time that is counted, not with the time that passes."""
+
+    __slots__ = ("busy_s", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = self.busy_s = 0.0
+
+    def passed(self, seconds: float) -> None:
+        fade = math.exp(-seconds / WINDOW_S)
+        self.tokens *= fade
+        self.busy_s = self.busy_s * fade + seconds
+
+    @property
+    def value(self) -> float:
+        return self.tokens / self.busy_s if self.busy_s > 0 else 0.0
+
+
 class Admission:
     """A Gate. `draining` tells whether the server takes nothing any more; `now` are seconds of a monotonic clock."""
 
@@ -65,8 +86,9 @@ class Admission:
         self.config, self._draining, self._now = config, draining, now
         self.waiting_requests = self.waiting_tokens = 0
         self._queue: dict[Place, None] = {}  # in the order of arrival
-        # Both fade with the time in which somebody waits, so that the rate is that of the recent past.
-        self._out_tokens = self._busy_s = 0.0
+        # While somebody waits, and while somebody has waited for so long that the server is behind.
+        self._any, self._behind = _Rate(), _Rate()
+        self._behind_at = -math.inf
         self._counted_at = now()
         # As many as there are keys; those of whom nothing is inside and whose quota is whole are forgotten.
         self._tenants: dict[str, _Tenant] = {}
@@ -77,21 +99,28 @@ class Admission:
     def rate(self) -> float:
         """Tokens of prompts that leave the queue a second; 0 before there was one."""
         self._count()
-        return self._out_tokens / self._busy_s if self._busy_s > 0 else 0.0
+        return self._any.value
 
     def wait_s(self, tokens: int = 0) -> float:
-        """How long a request of so many tokens would wait if it came now; 0 while nobody has waited for long."""
-        first = next(iter(self._queue), None)
-        if first is None:
+        """How long it takes until what waits now, and so many tokens more, have left; 0 where nobody can tell."""
+        waited_s = self._waited_s()
+        if waited_s is None:
             return 0.0
-        waited_s = self._now() - first.since
+        self._count()
         if waited_s < PROOF_S:
-            return 0.0
-        rate = self.rate
+            known = self._behind.busy_s >= KNOWN_S and self._now() - self._behind_at < MEMORY_S
+            rate = self._behind.value if known else 0.0
+            return (self.waiting_tokens + tokens) / rate if rate > 0 else 0.0
+        rate = self._any.value
         if rate > 0:
             return (self.waiting_tokens + tokens) / rate
         # Nothing has left yet. One alone may have a long prompt; of several the next will wait as long at least.
         return waited_s if len(self._queue) > 1 else 0.0
+
+    def _waited_s(self) -> float | None:
+        """How long the first in the queue has waited."""
+        first = next(iter(self._queue), None)
+        return None if first is None else self._now() - first.since
 
     # -- Gate
 
@@ -99,8 +128,9 @@ class Admission:
         self._check(caller, 0, 1)
 
     def enter(self, caller: Caller, tokens: int, requests: int, slo: Slo) -> Place:
-        wait_s = self._check(caller, tokens, requests)
-        if slo.deadline_s is not None and not caller.background and wait_s > slo.deadline_s:
+        self._check(caller, tokens, requests)
+        wait_s = 0.0 if slo.deadline_s is None or caller.background else self.wait_s(tokens)
+        if slo.deadline_s is not None and wait_s > slo.deadline_s:
             raise Overloaded(
                 "deadline", f"it would wait for {wait_s:.1f} s, and its deadline is in {slo.deadline_s:g} s", wait_s
             )
@@ -117,24 +147,23 @@ class Admission:
             self.waiting_tokens += tokens
         return place
 
-    def _check(self, caller: Caller, tokens: int, requests: int) -> float:
-        """The wait that is predicted. Raises Overloaded."""
+    def _check(self, caller: Caller, tokens: int, requests: int) -> None:
+        """Raises Overloaded."""
         config = self.config
         if self._draining():
             raise Overloaded("draining", "the server is shutting down; ask another one", DRAIN_RETRY_S, 503)
         self._check_tenant(caller.tenant, tokens, requests)
         if caller.background:
-            return 0.0
+            return
         # An empty queue takes whatever the engine can.
         if self.waiting_requests:
             if config.queued_requests and self.waiting_requests + requests > config.queued_requests:
                 raise self._full("queue_full", f"{self.waiting_requests} requests wait already")
             if config.queued_tokens and self.waiting_tokens + tokens > config.queued_tokens:
                 raise self._full("queue_tokens", f"{self.waiting_tokens} tokens of prompts wait already")
-        wait_s = self.wait_s(tokens)
-        if config.max_wait_s and wait_s > config.max_wait_s:
+        wait_s = self.wait_s() if config.max_wait_s else 0.0
+        if wait_s > config.max_wait_s:
             raise self._full("predicted_wait", f"it would wait for {wait_s:.0f} s")
-        return wait_s
 
     def _full(self, reason: str, message: str) -> Overloaded:
         # When what waits now is through, there is room for all who were turned away; half of it is enough for most.
@@ -175,21 +204,25 @@ class Admission:
                 del self._tenants[place.tenant]
 
     def _leave_queue(self, place: Place, served: bool) -> None:
-        self._count()
+        behind = self._count()
         place.waits = False
         if place in self._queue:
             del self._queue[place]
             self.waiting_requests -= place.requests
             self.waiting_tokens -= place.tokens
             if served:
-                self._out_tokens += place.tokens
+                self._any.tokens += place.tokens
+                if behind:
+                    self._behind.tokens += place.tokens
 
-    def _count(self) -> None:
-        """Accounts for the time since the last change of the queue."""
-        now = self._now()
-        if self._queue:
-            passed = now - self._counted_at
-            fade = math.exp(-passed / WINDOW_S)
-            self._out_tokens *= fade
-            self._busy_s = self._busy_s * fade + passed
-        self._counted_at = now
+    def _count(self) -> bool:
+        """Accounts for the time since the last change of the queue; whether the server is behind."""
+        now, waited_s = self._now(), self._waited_s()
+        passed_s, self._counted_at = now - self._counted_at, now
+        behind = waited_s is not None and waited_s >= PROOF_S
+        if waited_s is not None:
+            self._any.passed(passed_s)
+        if behind:
+            self._behind.passed(passed_s)
+            self._behind_at = now
+        return behind
