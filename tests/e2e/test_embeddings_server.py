@@ -185,8 +185,15 @@ def test_both_engines_end_with_the_server(home, tmp_path):
     words = ("--embedding-model", str(tiny_encoder.write(tmp_path / "encoder")))
     with whole_server(tmp_path, *words, environment=home) as server:
         assert len(children_of(server.process.pid)) == 3
+        found: list[Any] = []
+        ask = {"input": ["the cat runs"] * 1500, "encoding_format": "base64"}
+        thread = threading.Thread(target=lambda: found.append(server.post("/v1/embeddings", ask)))
+        thread.start()
+        server.until(lambda: server.get("/load").json["server_load"] > 100, "the texts are inside")
         server.signal(signal.SIGTERM)
         assert server.wait() == 0
+        thread.join(20)
+        assert found[0].status == 200 and len(found[0].json["data"]) == 1500, "what was inside is finished first"
 
 
 # -- without a server

@@ -475,7 +475,7 @@ def test_negative_times_are_refused():
 
 @pytest.mark.long
 def test_half_a_minute_of_engines_killed_and_stopped_at_random_loses_no_text(server):
-    one = server(step_s=0.004, blocks=800, supervisor={"give_up": 1000, "silence_s": 0.8})
+    one = server(step_s=0.004, blocks=800, supervisor={"give_up": 1000, "silence_s": 0.8, "backoff_max_s": 1.0})
     one.until_ready()
     chance = random.Random(11)
     asks = [

@@ -219,14 +219,15 @@ class App:
         return Response(document, media_type="application/json")
 
     async def load(self) -> dict[str, Any]:
-        load = await self.client.load()
+        loads = [await service.client.load() for service in self.services]
+        running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
         return {
-            "server_load": load.running + load.waiting,
-            "running": load.running,
-            "waiting": load.waiting,
-            "queued_requests": self.gate.waiting_requests,
-            "queued_tokens": self.gate.waiting_tokens,
-            "predicted_wait_s": round(self.gate.wait_s(), 3),
+            "server_load": running + waiting,
+            "running": running,
+            "waiting": waiting,
+            "queued_requests": sum(gate.waiting_requests for gate in self.gates),
+            "queued_tokens": sum(gate.waiting_tokens for gate in self.gates),
+            "predicted_wait_s": round(max(gate.wait_s() for gate in self.gates), 3),
         }
 
     async def execute(self, endpoint: str, body: bytes, owner: str, label: str) -> Answer:
