@@ -1,5 +1,6 @@
 # Everything that is needed installs itself into .venv; a second run starts at once.
 #
+#   make serve         the embedded model over HTTP, with a playground at http://127.0.0.1:8000; SERVE_ARGS passes options
 #   make demo          a few dozen prompts, answered in one continuous batch
 #   make test          what must pass before a change is taken: style, types, layers, tests
 #   make test-long     the tests that take longer
@@ -14,6 +15,7 @@
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SERVE_ARGS ?= --weights blocks
 PEERS_ARGS ?=
 export PIP_ARGS
 
@@ -21,7 +23,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS)
 GOOD_PYTHON := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help setup demo test test-long test-asan test-large peers bench-peers lint format clean clean-all
+.PHONY: help setup serve demo test test-long test-asan test-large peers bench-peers lint format clean clean-all
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -67,7 +69,14 @@ $(BIN)/python:
 	@$(BIN)/millstream pull gemma3-270m
 	@touch $@
 
-setup: .venv/model
+.venv/serve: .venv/model
+	@$(PIP) --quiet -c .venv/constraints.txt -e '.[serve]'
+	@touch $@
+
+setup: .venv/serve
+
+serve: .venv/serve
+	@$(BIN)/millstream serve $(SERVE_ARGS)
 
 demo: .venv/model
 	@$(BIN)/millstream demo $(DEMO_ARGS)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from millstream.cli.options import MODEL_HELP
 from millstream.core.errors import ConfigError
+from millstream.core.logs import FORMATS, LEVELS
 
 DEFAULT_MODEL = "smollm2-135m"
 # Flag, where its value goes in the tree, type, help. Names are vLLM's where it has them.
@@ -42,6 +42,7 @@ _FLAGS: Mapping[str, tuple[tuple[str, str, type, str], ...]] = {
     ),
     "the API": (
         ("--embedding-model", "embedding.model", str, "a second model, for embeddings, rerank and score"),
+        ("--otlp-endpoint", "serve.watch.otlp_endpoint", str, "the collector that traces are sent to"),
         ("--folder", "serve.folder", str, "where files, batches and responses are kept"),
         ("--tool-call-parser", "serve.api.tool_parser", str, "how the model writes calls of tools (default auto)"),
         ("--reasoning-parser", "serve.api.reasoning_parser", str, "how the model writes its thinking (default auto)"),
@@ -90,7 +91,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="refuse fields of requests that are not known")
     parser.add_argument("--trust-request-chat-template", action="store_true", help="requests may bring chat templates")
     parser.add_argument("--no-enable-prefix-caching", action="store_true", help="keep no prefixes")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--log-level", dest="log.level", choices=LEVELS, help="the least that is logged (default info)")
+    parser.add_argument("--log-format", dest="log.format", choices=FORMATS, help="lines of text (default), or of JSON")
     for title, flags in _FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, path, kind, text in flags:
@@ -125,10 +127,10 @@ def run(args: argparse.Namespace) -> int:
     _find_model(tree["model"])
     if (second := tree.get("embedding", {}).get("model")) and not _find_model(second):
         raise ConfigError(f"embedding.model: {second} gives no vectors; all-minilm-l6-v2 is one that does")
+    from millstream.config.load import log_by
     from millstream.serve.supervisor import supervise
 
-    level = getattr(logging, args.log_level.upper())
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    log_by(tree)
     status: int = supervise(lambda: tree_of_arguments(args))
     return status
 
@@ -156,12 +158,12 @@ def tree_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def check(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with all defaults in it and without secrets. Raises ConfigError and BadFile."""
     from millstream.config.load import build, tree_of
-    from millstream.config.schema import EngineConfig
+    from millstream.config.schema import EngineConfig, LogConfig
     from millstream.serve.auth import entries_of
     from millstream.serve.config import ServeConfig, without_secrets
     from millstream.serve.supervisor import EmbeddingConfig, SupervisorConfig
 
-    known = ("model", "engine", "embedding", "serve", "supervisor")
+    known = ("model", "engine", "embedding", "serve", "supervisor", "log")
     for name in tree:
         if name not in known:
             from millstream.core.errors import nearest
@@ -182,6 +184,7 @@ def check(tree: Mapping[str, Any]) -> dict[str, Any]:
         **({"embedding": tree_of(embedding)} if embedding.model else {}),
         "serve": tree_of(serve),
         "supervisor": tree_of(supervisor),
+        "log": tree_of(build(LogConfig, tree.get("log", {}), "log")),
     }
     shown: dict[str, Any] = without_secrets(whole)
     return shown
@@ -213,6 +216,8 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
             if (value := getattr(args, path)) is not None:
                 put(path, value)
     for path, given in (
+        ("log.level", getattr(args, "log.level")),
+        ("log.format", getattr(args, "log.format")),
         ("model", args.model),
         ("serve.auth.file", args.api_key_file),
         ("serve.allowed_origins", args.allowed_origins),

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from millstream.config.schema import LogConfig
 from millstream.core.errors import BadFile, ConfigError, nearest
+from millstream.core.logs import set_up_logs
 from millstream.core.registry import Choice
 
 T = TypeVar("T")
@@ -121,6 +123,12 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
             )
         values[key] = _value(hints[key], value, path)
     return kind(**values)
+
+
+def log_by(tree: Mapping[str, Any]) -> None:
+    """Logs as the table `log` of a tree says. Raises ConfigError."""
+    config = build(LogConfig, tree.get("log", {}), "log")
+    set_up_logs(config.format, config.level)
 
 
 def tree_of(config: Any) -> Any:

@@ -79,6 +79,14 @@ class RunnerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LogConfig:
+    """`[log]` of a server: `format` is text or json, `level` the least that is logged."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything one engine needs to know besides the model's name. `seed` makes requests without one repeatable."""
 

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from millstream.config.load import build, read_file
+from millstream.config.load import build, log_by, read_file
 from millstream.config.schema import EngineConfig
 from millstream.core.client import Chunk, Load, ModelFacts
 from millstream.core.clock import Clock, WallClock
@@ -38,6 +38,7 @@ from millstream.core.errors import (
     UnknownModel,
     UnknownName,
 )
+from millstream.core.logs import set_up_logs
 from millstream.core.sequence import Finish
 from millstream.engine import calls, wire
 from millstream.engine.assemble import assemble, facts_of
@@ -535,7 +536,10 @@ def main(argv: Sequence[str] | None = None, make: Callable[[Path], tuple[Engine,
     parser.add_argument("--parent", type=int, help="end when the process of this id is no longer the parent")
     parser.add_argument("--drain-s", type=float, default=30.0, help="seconds that a stop may take (default 30)")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_logs()
+    # What else is wrong with the file is said by whoever reads it for the engine.
+    with contextlib.suppress(MillstreamError):
+        log_by(read_file(args.config))
     # Of two threads that both have work, the one that talks to clients must not wait for the other's whole turn.
     sys.setswitchinterval(SWITCH_S)
     if args.parent is not None and not die_with_parent(args.parent):

@@ -21,7 +21,6 @@ import resource
 import signal
 import socket
 import ssl
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,9 +29,10 @@ from typing import Any
 
 import uvicorn
 
-from millstream.config.load import build, read_file
+from millstream.config.load import build, log_by, read_file
 from millstream.core.client import EngineClient
 from millstream.core.errors import EngineClosed, MillstreamError
+from millstream.core.logs import set_up_logs
 from millstream.core.request import Kind
 from millstream.engine.exits import Exit, orphaned
 from millstream.engine.process import leave
@@ -301,10 +301,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--embedding-socket", type=Path, help="that of a second engine, of an embedding model")
     parser.add_argument("--parent", type=int, help="end when the process of this id is no longer the parent")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    set_up_logs()
     # What it tells of every bad request is told to the client, and counted.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     try:
+        log_by(read_file(args.config))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return int(runner.run(serve(args.socket, args.config, args.parent, embedding=args.embedding_socket)))
     except MillstreamError as error:

@@ -6,14 +6,12 @@ text: neither prompts nor answers can leak from it.
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 from millstream.core.request import Slo
 
@@ -104,40 +102,13 @@ _ALWAYS = frozenset(
 
 
 def log(record: Record) -> None:
-    """Writes the completion line. With `JsonLines` as the handler's formatter it is one JSON object."""
+    """Writes the completion line. `core/logs.py` has it as fields or as one JSON object."""
     _log.info("%s %s", record.route, record.status, extra={"fields": log_line(record)})
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, logger and message, and the fields of a completion line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {
-            "time": f"{stamp}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-        }
-        fields = getattr(record, "fields", None)
-        if fields is None:
-            line["message"] = record.getMessage()
-        else:
-            line.update(fields)
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=True, default=str)
 
 
 def _reasons(finish: tuple[str, ...]) -> str:
     """Each, or of the thousands of an embedding's request how many of each."""
     return ",".join(finish if len(finish) <= 8 else (f"{count}*{name}" for name, count in Counter(finish).items()))
-
-
-def log_json(stream: TextIO = sys.stderr) -> None:
-    """From now on everything that is logged is one JSON object a line, on `stream`."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 def _rounded(seconds: float | None) -> float | None:

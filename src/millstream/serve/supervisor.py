@@ -31,9 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from millstream.config.load import build, read_file, runtime_dir
+from millstream.config.load import build, log_by, read_file, runtime_dir
 from millstream.config.schema import EngineConfig
 from millstream.core.errors import ConfigError, MillstreamError
+from millstream.core.logs import set_up_logs
 from millstream.engine import wire
 from millstream.engine.exits import HOPELESS, Exit, told
 
@@ -424,8 +425,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("millstream.serve.supervisor", description="A server: engine and API process.")
     parser.add_argument("--config", type=Path, required=True, help="TOML, YAML or JSON: model, and its tables")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_logs()
     try:
+        log_by(read_file(args.config))
         return supervise(lambda: read_file(args.config))
     except MillstreamError as error:
         _log.error("%s", error)

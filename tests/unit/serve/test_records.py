@@ -10,7 +10,8 @@ import sys
 
 from watched_bench import WatchedBench
 
-from millstream.serve.records import JsonLines, Record, log
+from millstream.core.logs import JsonLines, TextLines, set_up_logs
+from millstream.serve.records import Record, log
 
 
 def lines_of(act) -> list[dict]:
@@ -73,10 +74,32 @@ def test_other_messages_are_lines_too():
 
 def test_everything_can_be_logged_as_json():
     code = (
-        "import logging; from millstream.serve.records import Record, log, log_json; log_json();"
-        "logging.getLogger('x').warning('hello'); log(Record('id', 'chat', '/r', 200, 0.5))"
+        "import logging; from millstream.core.logs import set_up_logs;"
+        "from millstream.serve.records import Record, log;"
+        "set_up_logs('json'); logging.getLogger('x').warning('hello'); log(Record('id', 'chat', '/r', 200, 0.5))"
     )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stderr
     first, second = map(json.loads, told.splitlines())
     assert first["message"] == "hello" and first["level"] == "warning"
     assert second["event"] == "request" and second["status"] == 200
+
+
+def test_a_line_for_people_has_the_fields_and_no_second_line():
+    told = logging.LogRecord("millstream.x", logging.INFO, "f.py", 1, "%s 200", ("/r",), None)
+    told.fields = {"label": "a\nforged line", "output_tokens": 3}
+    line = TextLines().format(told)
+    assert line.endswith(' INFO millstream.x /r 200 label="a\\nforged line" output_tokens=3')
+
+
+def test_logs_may_be_set_up_anew():
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    try:
+        out = io.StringIO()
+        set_up_logs("text", "warning", out)
+        logging.getLogger("x").info("quiet")
+        logging.getLogger("x").warning("loud")
+        assert "loud" in out.getvalue() and "quiet" not in out.getvalue()
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
