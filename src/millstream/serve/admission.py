@@ -1,4 +1,4 @@
-"""Who may come in: a queue that is bounded by requests, by tokens and by time, and quotas of tenants.
+"""Who may come in: a queue that is bounded by requests, by tokens and by time, deadlines, and quotas of tenants.
 
 A request waits here from its arrival to its first token. How long a new one would wait is told by how fast prompts
 leave the queue: their tokens a second, over the last seconds in which there was one. A server that was never behind
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from millstream.core.request import Slo
 from millstream.serve.caller import Caller, Overloaded
 from millstream.serve.config import AdmissionConfig
+from millstream.serve.pace import Pace
 
 # The rate is that of about so many seconds in which somebody waited.
 WINDOW_S = 10.0
@@ -30,14 +31,35 @@ MINUTE_S = 60.0
 class Place:
     """The seat of one request."""
 
-    __slots__ = ("_admission", "background", "inside", "requests", "since", "tenant", "tokens", "waits")
+    __slots__ = (
+        "_admission",
+        "background",
+        "began",
+        "deadline_s",
+        "inside",
+        "requests",
+        "since",
+        "tenant",
+        "tokens",
+        "waits",
+    )
 
-    def __init__(self, admission: Admission, caller: Caller, tokens: int, requests: int, since: float) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        caller: Caller,
+        tokens: int,
+        requests: int,
+        since: float,
+        deadline_s: float | None = None,
+    ) -> None:
         self._admission, self.tenant, self.background = admission, caller.tenant, caller.background
-        self.tokens, self.requests, self.since = tokens, requests, since
+        self.tokens, self.requests, self.since, self.deadline_s = tokens, requests, since, deadline_s
+        self.began = False
         self.waits, self.inside = not caller.background, True
 
     def first_token(self) -> None:
+        self.began = True
         if self.waits:
             self._admission._leave_queue(self, served=True)
 
@@ -90,6 +112,7 @@ class Admission:
         self._any, self._behind = _Rate(), _Rate()
         self._behind_at = -math.inf
         self._counted_at = now()
+        self.pace = Pace(now)
         # As many as there are keys; those of whom nothing is inside and whose quota is whole are forgotten.
         self._tenants: dict[str, _Tenant] = {}
 
@@ -134,13 +157,22 @@ class Admission:
             raise Overloaded(
                 "deadline", f"it would wait for {wait_s:.1f} s, and its deadline is in {slo.deadline_s:g} s", wait_s
             )
+        if slo.deadline_s is not None and not caller.background:
+            took_s = self.pace.late_s(requests, slo.deadline_s)
+            if took_s is not None:
+                raise Overloaded(
+                    "deadline",
+                    f"it would take {took_s:.1f} s, and its deadline is in {slo.deadline_s:g} s",
+                    min(MAX_RETRY_S, max(MIN_RETRY_S, took_s / 2)),
+                )
         config, now = self.config, self._now()
-        place = Place(self, caller, tokens, requests, now)
+        place = Place(self, caller, tokens, requests, now, slo.deadline_s)
         if config.tenant_requests or config.tenant_tokens_per_min:
             tenant = self._tenant(caller.tenant)
             tenant.requests += requests
             tenant.tokens -= tokens if config.tenant_tokens_per_min else 0
         if place.waits:
+            self.pace.entered(requests)
             self._count()
             self._queue[place] = None
             self.waiting_requests += requests
@@ -197,6 +229,8 @@ class Admission:
         return tenant
 
     def _left(self, place: Place) -> None:
+        if not place.background:
+            self.pace.left(place.requests, self._now() - place.since, place.deadline_s, place.began)
         tenant = self._tenants.get(place.tenant)
         if tenant is not None:
             tenant.requests -= place.requests
