@@ -15,7 +15,7 @@
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-SERVE_ARGS ?= --weights blocks
+SERVE_ARGS ?=
 PEERS_ARGS ?=
 export PIP_ARGS
 
