@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import math
 import struct
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.applications import Starlette
 
 import tiny_encoder
@@ -101,7 +104,9 @@ class Bench:
     async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         transport = httpx.ASGITransport(self.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://x", timeout=60) as client:
-            answer = await client.post(path, json=body, headers=headers)
+            given = {"content-type": "application/json", **headers}
+            # As json.dumps writes it, lone surrogates are escaped.
+            answer = await client.post(path, content=json.dumps(body), headers=given)
             return answer.status_code, answer.json()
 
     def vectors(self, texts: Any, **body: Any) -> list[list[float]]:
@@ -335,6 +340,40 @@ def test_one_record_a_request_whatever_becomes_of_it(bench):
         ("rerank", "/v2/rerank", 429, "acme", "mine", "queue_full"),
     ]
     assert bench.records[0].model == "tiny" and bench.records[0].n == len(TEXTS)
+
+
+def test_the_same_label_from_two_clients_mixes_nothing_up(bench):
+    async def both() -> list[Any]:
+        asks = [{"query": query, "documents": [query, *DOCUMENTS]} for query in ("the cat runs", "paris is blue")]
+        return await asyncio.gather(*(bench.post("/v1/rerank", ask) for ask in asks for _ in range(8)))
+
+    bench.caller = {"label": "the same"}
+    answers = [answer for _, answer in asyncio.run(both())]
+    best = [answer["results"][0]["document"]["text"] for answer in answers]
+    assert best == ["the cat runs"] * 8 + ["paris is blue"] * 8
+
+
+WORDS = st.sampled_from(
+    ["", " ", "a", "the cat", "\ud800", "\x00", "[SEP]", "é" * 40, "dog " * 200, 5, 10**9, -1, None, True, 1.5]
+)
+LISTS = st.lists(WORDS | st.lists(WORDS, max_size=3), max_size=4)
+ANY = WORDS | LISTS | st.dictionaries(st.sampled_from(["text", "x"]), WORDS, max_size=2)
+BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("input", "query", "documents", "text_1", "text_2"), ANY),
+        **dict.fromkeys(("encoding_format", "dimensions", "top_n", "return_documents", "priority", "model"), WORDS),
+        "truncate_prompt_tokens": st.sampled_from([None, -1, 0, 3, 96, 97, "x"]),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["/v1/embeddings", "/v1/rerank", "/v1/score"]), BODIES)
+def test_no_body_fails_on_the_side_of_the_server(bench, path, body):
+    status, answer = asyncio.run(bench.post(path, body))
+    assert status in (200, 400, 404), answer
+    assert bench.gate.inside == 0 and ("error" in answer) == (status != 200)
 
 
 def test_a_deadline_that_passed_is_told(bench):
