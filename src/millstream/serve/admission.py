@@ -149,6 +149,7 @@ class Admission:
 
     def look(self, caller: Caller) -> None:
         self._check(caller, 0, 1)
+        self._check_deadline(caller, 1, caller.deadline_s)
 
     def enter(self, caller: Caller, tokens: int, requests: int, slo: Slo) -> Place:
         self._check(caller, tokens, requests)
@@ -157,14 +158,7 @@ class Admission:
             raise Overloaded(
                 "deadline", f"it would wait for {wait_s:.1f} s, and its deadline is in {slo.deadline_s:g} s", wait_s
             )
-        if slo.deadline_s is not None and not caller.background:
-            took_s = self.pace.late_s(requests, slo.deadline_s)
-            if took_s is not None:
-                raise Overloaded(
-                    "deadline",
-                    f"it would take {took_s:.1f} s, and its deadline is in {slo.deadline_s:g} s",
-                    min(MAX_RETRY_S, max(MIN_RETRY_S, took_s / 2)),
-                )
+        self._check_deadline(caller, requests, slo.deadline_s)
         config, now = self.config, self._now()
         place = Place(self, caller, tokens, requests, now, slo.deadline_s)
         if config.tenant_requests or config.tenant_tokens_per_min:
@@ -196,6 +190,17 @@ class Admission:
         wait_s = self.wait_s() if config.max_wait_s else 0.0
         if wait_s > config.max_wait_s:
             raise self._full("predicted_wait", f"it would wait for {wait_s:.0f} s")
+
+    def _check_deadline(self, caller: Caller, requests: int, deadline_s: float | None) -> None:
+        """Raises Overloaded."""
+        if deadline_s is None or caller.background:
+            return
+        took_s = self.pace.late_s(requests, deadline_s)
+        if took_s is not None:
+            retry_s = min(MAX_RETRY_S, max(MIN_RETRY_S, took_s / 2))
+            raise Overloaded(
+                "deadline", f"it would take {took_s:.1f} s, and its deadline is in {deadline_s:g} s", retry_s
+            )
 
     def _full(self, reason: str, message: str) -> Overloaded:
         # When what waits now is through, there is room for all who were turned away; half of it is enough for most.

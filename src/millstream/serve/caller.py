@@ -18,7 +18,8 @@ class Caller:
     `request_id` is ours: random, 128 bits, the key of everything that is kept of the request. `label` is what the
     client sent as X-Request-Id, never a key. `tenant` is the name that the API key stands for, "" without keys. `salt`
     keeps the cached prefixes of tenants apart: the default of a request's `cache_salt`. `background` requests, those of
-    batches, take part only in steps that nobody else needs.
+    batches, take part only in steps that nobody else needs. `deadline_s` is that of the header X-Request-Timeout, known
+    before the body is.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Caller:
     salt: str = ""
     background: bool = False
     traceparent: str = ""
+    deadline_s: float | None = None
 
 
 def caller_of(request: Request) -> Caller:

@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import ipaddress
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -41,8 +43,8 @@ DISCARD_BYTES, DISCARD_S = 1 << 20, 0.5
 # From here on brackets are counted on a thread.
 ASIDE_BYTES = 256 << 10
 
-_READ = ("host", "origin", "authorization", "x-api-key", "x-request-id", "traceparent", "content-type",
-         "content-length", "content-encoding", "transfer-encoding")  # fmt: skip
+_READ = ("host", "origin", "authorization", "x-api-key", "x-request-id", "x-request-timeout", "traceparent",
+         "content-type", "content-length", "content-encoding", "transfer-encoding")  # fmt: skip
 _NAMES = {name.encode(): name for name in _READ}
 
 _log = logging.getLogger("millstream.serve")
@@ -89,7 +91,9 @@ class Door:
         if scope["type"] != "http":
             return
         headers = _headers(scope)
-        caller = Caller(new_request_id(), label=_label(headers), traceparent=_traceparent(headers))
+        caller = Caller(
+            new_request_id(), label=_label(headers), traceparent=_traceparent(headers), deadline_s=_deadline(headers)
+        )
         state = scope.setdefault("state", {})
         state["caller"] = caller
         body: BoundedBody | None = None
@@ -116,9 +120,7 @@ class Door:
             if tenant is None and entry.policy.access is not Access.OPEN:
                 raise _no_key(headers)
             if tenant:
-                caller = Caller(
-                    caller.request_id, tenant, caller.label, self.salts.of(tenant), False, caller.traceparent
-                )
+                caller = replace(caller, tenant=tenant, salt=self.salts.of(tenant))
                 state["caller"] = caller
             body = BoundedBody(receive, self._limit(entry, headers), entry.policy.body, self.config.limits)
             scope["path_params"] = params
@@ -335,6 +337,15 @@ def _label(headers: dict[str, bytes]) -> str:
 def _traceparent(headers: dict[str, bytes]) -> str:
     given = headers.get("traceparent", b"")
     return given.decode("ascii", "ignore") if len(given) <= MAX_TRACEPARENT else ""
+
+
+def _deadline(headers: dict[str, bytes]) -> float | None:
+    """Seconds, where they are some; what is wrong with them is told by the route."""
+    try:
+        found = float(headers["x-request-timeout"])
+    except (KeyError, ValueError):
+        return None
+    return found if 0 < found < math.inf else None
 
 
 def _host_name(host: str) -> str:
