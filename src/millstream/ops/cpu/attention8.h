@@ -64,7 +64,15 @@ inline void write8(uint8_t *head, int64_t dim, int64_t block_size, int64_t offse
   for (int64_t d = 0; d < width; d += 4) std::memcpy(head + (d / 4 * block_size + offset) * 4, bytes + d, 4);
   scales[block_size + offset] = quantize8(v, dim, 0, bytes);
   uint8_t *values = head + block_size * width + offset / 4 * width * 4 + offset % 4;
+#if defined(__AVX512BW__)
+  const __mmask64 lane = 0x1111111111111111ull << (offset % 4);
+  for (int64_t d = 0; d < width; d += 16) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(bytes + d)));
+    _mm512_mask_storeu_epi8(values - offset % 4 + d * 4, lane, _mm512_slli_epi32(wide, int(offset % 4 * 8)));
+  }
+#else
   for (int64_t d = 0; d < width; d++) values[d * 4] = bytes[d];
+#endif
 }
 
 constexpr int HELD = 3; // rows of a batch whose sums are in registers: both bytes of 3 x 4 vectors

@@ -90,7 +90,7 @@ inline const uint8_t *channel_codes(const MillstreamMatrix &w, const uint8_t *pa
   const int64_t bytes = code_bytes(w);
   if (w.bits == 8) {
     const uint8_t *at = pair + from * bytes;
-    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(at + count * bytes + i, 0, 3);
+    for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(at + count * bytes + i, 0, 2);
     return at;
   }
   const int64_t each = w.groups ? runs_of(w.inputs) / w.groups : 0; // runs of a group
@@ -120,7 +120,7 @@ inline const uint8_t *channel_codes(const MillstreamMatrix &w, const uint8_t *pa
         }
       }
     }
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 3);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
     uint8_t *out = to + g * STEPS * STEP_BYTES;
 #pragma GCC unroll 4
     for (int j = 0; j < STEPS / 2; j++) {

@@ -35,13 +35,14 @@ constexpr int TILE = 2;
 #endif
 constexpr int64_t SLAB = 8;        // runs that are expanded at a time, so that they are in the first-level cache
 constexpr int64_t ROWS = 96;       // rows that pass an expanded slab, so that their sums are too
-constexpr int64_t AHEAD = 4096;    // bytes of a stream that are asked for before their use
+constexpr int64_t AHEAD = 8192;    // bytes of a stream that are asked for before their use, into the second cache
 
 typedef float Vec __attribute__((vector_size(64)));
 typedef float VecAny __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef int32_t IntsAny __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint32_t WordsAny __attribute__((vector_size(64), aligned(4), may_alias));
 
 inline Vec load(const float *p) { return *reinterpret_cast<const VecAny *>(p); }
 inline void store(float *p, Vec v) { *reinterpret_cast<VecAny *>(p) = v; }
@@ -199,7 +200,7 @@ inline void expand(const MillstreamMatrix &w, int64_t pair, int64_t from, int64_
   const int64_t bytes = run_bytes(w.bits);
   const uint8_t *at = w.stream + (pair * runs_of(w.inputs) + from) * bytes;
   for (int64_t g = 0; g < count; g++, at += bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 3);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
     uint8_t *to = slab.codes[g][0][0];
     if (w.bits == 4) {
       const Words low = Words{} + 0x0F0F0F0Fu;
@@ -276,6 +277,80 @@ inline void multiply(const Slab &slab, int64_t count, const int8_t *q, const flo
       }
     }
   }
+}
+
+// The same straight from the stream, over all runs: for rows too few to be worth expanding a slab. The order of every
+// operation is that of `multiply`, so bits do not depend on which of the two was taken.
+template <int R, int BITS>
+inline void multiply_stream(const uint8_t *at, int64_t runs, const int8_t *q, const float *scale, const float *sum, float *y) {
+  constexpr int64_t BYTES = WIDE * (STEPS * 64 * BITS / 8 + 2 * PANEL * 2);
+  constexpr bool HELD = R <= 4; // whether the sums of floats have registers of their own
+  Vec total[HELD ? R : 1][WIDE] = {};
+  for (int64_t g = 0; g < runs; g++, at += BYTES) {
+#pragma GCC unroll 20
+    for (int64_t i = 0; i < BYTES; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
+    Ints acc[R][WIDE];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int c = 0; c < WIDE; c++) acc[r][c] = Ints{} + START;
+    const auto add = [&](const Ints (&u)[WIDE], int k) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        int32_t four;
+        std::memcpy(&four, q + r * runs * RUN + g * RUN + k * 4, 4);
+#pragma GCC unroll 2
+        for (int c = 0; c < WIDE; c++) acc[r][c] = dot(acc[r][c], u[c], same(four));
+      }
+    };
+    if constexpr (BITS == 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < STEPS; k += 2) {
+        Ints low[WIDE], high[WIDE];
+#pragma GCC unroll 2
+        for (int c = 0; c < WIDE; c++) {
+          const Words v = *reinterpret_cast<const WordsAny *>(at + (c * STEPS / 2 + k / 2) * 64);
+          low[c] = (Ints)(v & (Words{} + 0x0F0F0F0Fu)), high[c] = (Ints)((v >> 4) & (Words{} + 0x0F0F0F0Fu));
+        }
+        add(low, k), add(high, k + 1);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int k = 0; k < STEPS; k++) {
+        Ints u[WIDE];
+#pragma GCC unroll 2
+        for (int c = 0; c < WIDE; c++) u[c] = *reinterpret_cast<const IntsAny *>(at + (c * STEPS + k) * 64);
+        add(u, k);
+      }
+    }
+    const uint16_t *scales = reinterpret_cast<const uint16_t *>(at + BYTES - WIDE * 2 * PANEL * 2);
+#pragma GCC unroll 2
+    for (int c = 0; c < WIDE; c++, scales += 2 * PANEL) {
+      const Vec d = halves(scales), zero = d * -12582912.0f, m = halves(scales + PANEL);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+        float *to = y + (r * WIDE + c) * PANEL;
+        Vec t = scaled(acc[r][c], d, zero);
+        t = fma(m, splat(sum[r * runs + g]), t);
+        if constexpr (HELD) total[r][c] = fma(t, splat(scale[r * runs + g]), total[r][c]);
+        else store(to, fma(t, splat(scale[r * runs + g]), load(to)));
+      }
+    }
+  }
+  if constexpr (HELD)
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < WIDE; c++) store(y + (r * WIDE + c) * PANEL, total[r][c]);
+}
+
+template <int R>
+inline void multiply_few(int64_t n, const MillstreamMatrix &w, int64_t pair, const int8_t *q, const float *scale,
+                         const float *sum, float *y) {
+  if constexpr (R > 1)
+    if (n < R) return multiply_few<R - 1>(n, w, pair, q, scale, sum, y);
+  const int64_t runs = runs_of(w.inputs);
+  const uint8_t *at = w.stream + pair * runs * run_bytes(w.bits);
+  if (w.bits == 4) multiply_stream<R, 4>(at, runs, q, scale, sum, y);
+  else multiply_stream<R, 8>(at, runs, q, scale, sum, y);
 }
 
 template <int R>
@@ -360,7 +435,9 @@ template <class Put> struct Product {
     alignas(64) static thread_local float y[(ROWS + 1) * WIDE * PANEL];
     static thread_local Slab slab;
     std::memset(y, 0, size_t(n * width) * sizeof(float));
-    for (int64_t from = 0; from < x.runs; from += SLAB) {
+    const bool few = by_tiles == 0 && parts == 1;
+    if (few) multiply_few<TILE>(n, w, pair, x.q + first * x.runs * RUN, x.scale + first * x.runs, x.sum + first * x.runs, y);
+    for (int64_t from = 0; from < x.runs && !few; from += SLAB) {
       const int64_t count = std::min(SLAB, x.runs - from);
       expand(w, pair, from, count, slab);
 #if MILLSTREAM_TILES

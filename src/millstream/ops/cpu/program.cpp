@@ -334,7 +334,11 @@ struct Layers {
         const auto multiply = product(l.qkv, x, put);
         share(multiply.units(), [&](int64_t unit) { multiply.unit(unit); });
       }
-      share(tokens * l.kv_heads, [&](int64_t unit) { place(l, unit / l.kv_heads, unit % l.kv_heads); });
+      share(tokens * l.kv_heads, [&](int64_t unit) {
+        const int64_t soon = unit + SOON;
+        if (soon < tokens * l.kv_heads) ask_place(l, soon / l.kv_heads, soon % l.kv_heads);
+        place(l, unit / l.kv_heads, unit % l.kv_heads);
+      });
       GroupAttention &attend = attentions[size_t(l.group)];
       if (member == 0) attend.args.k = l.k, attend.args.v = l.v;
       barrier.wait(size);
@@ -397,6 +401,21 @@ struct Layers {
   };
 
   Gated gated(const MillstreamLayer &l, const int8::Rows &x, const int8::Rows &to) const { return {*this, l, x, to}; }
+
+  static constexpr int64_t SOON = 3; // units of `place` whose lines are asked for ahead: each lies apart in memory
+
+  // Asks for the lines of a page that `place` will write.
+  void ask_place(const MillstreamLayer &l, int64_t t, int64_t head) const {
+    const MillstreamGroup &g = step.groups[l.group];
+    if (g.kind != 2) return;
+    const int64_t slot = g.slots[t], offset = slot % g.block_size, width = attention::padded8(l.dim);
+    const char *at = static_cast<const char *>(l.k) +
+                     (slot / g.block_size * l.kv_heads + head) * attention::head_bytes8(l.dim, g.block_size);
+    for (int64_t d = 0; d < width; d += 4) __builtin_prefetch(at + (d / 4 * g.block_size + offset) * 4, 1, 2);
+    const char *values = at + g.block_size * width + offset / 4 * width * 4;
+    for (int64_t i = 0; i < width * 4; i += 64) __builtin_prefetch(values + i, 1, 2);
+    for (int64_t i = 0; i < 2; i++) __builtin_prefetch(at + 2 * g.block_size * width + (i * g.block_size + offset) * 4, 1, 2);
+  }
 
   // Norms and turns the queries and the key of one token and kv head, and puts key and value into their page.
   void place(const MillstreamLayer &l, int64_t t, int64_t head) const {
@@ -465,6 +484,26 @@ int millstream_layers(const MillstreamStep *s) {
   return 0;
 }
 
+// The first of the largest of n values; `sound` when none is a NaN.
+static int64_t likeliest(const float *y, int64_t n, bool &sound) {
+#if defined(__AVX512F__)
+  if (n == 2 * int8::PANEL) {
+    const __m512 a = _mm512_loadu_ps(y), b = _mm512_loadu_ps(y + 16);
+    sound = _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) == 0;
+    const __m512 top = _mm512_set1_ps(attention::fold_max((attention::Vec)_mm512_max_ps(a, b)));
+    const uint32_t low = _mm512_cmp_ps_mask(a, top, _CMP_EQ_OQ), high = _mm512_cmp_ps_mask(b, top, _CMP_EQ_OQ);
+    return low ? __builtin_ctz(low) : high ? 16 + __builtin_ctz(high) : 0;
+  }
+#endif
+  int64_t best = 0;
+  sound = y[0] == y[0];
+  for (int64_t i = 1; i < n; i++) {
+    sound &= y[i] == y[i];
+    if (y[i] > y[best]) best = i;
+  }
+  return best;
+}
+
 // Beside the rows, where only the likeliest are wanted, the likeliest output of every unit and its logit.
 static int64_t lay_out_head(const MillstreamHead &h, char *memory, int8::Rows &rows, int32_t *&place, float *&most) {
   Arena arena{memory};
@@ -516,12 +555,8 @@ int millstream_head(const MillstreamHead *h) {
             std::memcpy(h.logits + r * h.matrix.outputs + o, y, size_t(n) * sizeof(float));
             return;
           }
-          int64_t best = 0;
-          bool sound = y[0] == y[0];
-          for (int64_t i = 1; i < n; i++) {
-            sound &= y[i] == y[i];
-            if (y[i] > y[best]) best = i;
-          }
+          bool sound;
+          const int64_t best = likeliest(y, n, sound);
           const int64_t at = r * pairs + o / int8::RUN;
           job.place[at] = int32_t(o + best);
           job.most[at] = sound ? y[best] : NAN;
