@@ -6,7 +6,7 @@ The model is tiny and random (a few thousand numbers), so that what is measured 
 model: HTTP, tokenizer, the way to the engine's process and back, scheduling, server-sent events. The client (`bench
 serve`'s own, some 35 us a request) runs on the same cores, as do the server's three processes.
 
-completions   requests/s of 1-token completions: as many as go through with 64 clients, and p99 at fixed rates (open loop)
+completions   1-token completions: as many as go through with 64 clients, and p99 at fixed rates (open loop)
 streams       200 streams that get a token at every step, alone and beside 1,000 that wait for their first token
 connections   latency of single requests beside 1,000 connections that are open and silent
 overhead      TTFT of one request at a time over HTTP, less that of the same engine in this process
