@@ -229,7 +229,8 @@ async def streams(server: Server, seconds: float) -> list[tuple[str, str]]:
         gaps = sorted(gap for call in outcome.calls for gap in call.timing(False).gaps_s)
         tokens = sum(call.num_output or 0 for call in outcome.calls)
         failed = sum(call.error is not None for call in outcome.calls)
-        told = f"{tokens / outcome.duration:.0f} tokens/s, gaps p50 {ms(percentile(gaps, 50))}, p99 {ms(percentile(gaps, 99))} ms"
+        pace = f"gaps p50 {ms(percentile(gaps, 50))}, p99 {ms(percentile(gaps, 99))} ms"
+        told = f"{tokens / outcome.duration:.0f} tokens/s, {pace}"
         beside = f" beside {left} idle ones" if idle else ""
         rows.append((f"200 active streams{beside}", f"{told} ({failed} failed)"))
     return rows
@@ -242,7 +243,8 @@ async def _hold_streams(server: Server, count: int, stop: asyncio.Event) -> int:
     writers = []
     asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "stream": True, "priority": 100}
     body = json.dumps(asked).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+    head = "\r\n".join((*lines, f"Content-Length: {len(body)}", "", ""))
     await asyncio.sleep(0.5)  # the active ones have their seats
     try:
         for _ in range(count):
@@ -339,8 +341,8 @@ async def shed(server: Server, seconds: float) -> list[tuple[str, str]]:
 async def overload(server: Server, seconds: float) -> list[tuple[str, str]]:
     """Goodput is requests a second whose answer was whole within its SLO: 5 s for all of it, from when it was due.
 
-    Each request tells the server so (the header X-Request-Timeout). What was due in the first `SETTLE_S` of each load is not counted:
-    that is how long it takes to find out how many are too many.
+    Each request tells the server so (the header X-Request-Timeout). What was due in the first `SETTLE_S` of each load is
+    not counted: that is how long it takes to find out how many are too many.
     """
     tokens, slo_s = 48, 5.0
     told = {"X-Request-Timeout": f"{slo_s:g}"}
