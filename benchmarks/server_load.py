@@ -304,12 +304,13 @@ async def overhead(server: Server, seconds: float, model: Path) -> list[tuple[st
         await client.close()
         await llm.close()
     a, b = sorted(over_http), sorted(inside)
+    differences = [x - y for x, y in zip(over_http, inside, strict=True)]
     return [
         ("TTFT over HTTP, one request at a time", f"p50 {ms(percentile(a, 50))}, p99 {ms(percentile(a, 99))} ms"),
         ("TTFT of the engine in this process", f"p50 {ms(percentile(b, 50))}, p99 {ms(percentile(b, 99))} ms"),
         (
             "overhead, median of the differences",
-            f"{ms(statistics.median(x - y for x, y in zip(over_http, inside)))} ms",
+            f"{ms(statistics.median(differences))} ms",
         ),
     ]
 
@@ -341,7 +342,7 @@ async def shed(server: Server, seconds: float) -> list[tuple[str, str]]:
 async def overload(server: Server, seconds: float) -> list[tuple[str, str]]:
     """Goodput is requests a second whose answer was whole within its SLO: 5 s for all of it, from when it was due.
 
-    Each request tells the server so (the header X-Request-Timeout). What was due in the first `SETTLE_S` of each load is
+    Each request tells the server so (in the header X-Request-Timeout). What was due in the first `SETTLE_S` of a load is
     not counted: that is how long it takes to find out how many are too many.
     """
     tokens, slo_s = 48, 5.0
