@@ -44,7 +44,7 @@ DISCARD_BYTES, DISCARD_S = 1 << 20, 0.5
 ASIDE_BYTES = 256 << 10
 
 _READ = ("host", "origin", "authorization", "x-api-key", "x-request-id", "x-request-timeout", "traceparent",
-         "content-type", "content-length", "content-encoding", "transfer-encoding")  # fmt: skip
+         "content-type", "content-length", "content-encoding", "transfer-encoding", "expect")  # fmt: skip
 _NAMES = {name.encode(): name for name in _READ}
 
 _log = logging.getLogger("millstream.serve")
@@ -137,7 +137,8 @@ class Door:
                 # The connection breaks off here: there is no other way to say that this was not all.
                 return
             rest = body or BoundedBody(receive, 0, Body.NONE, self.config.limits, _has_body(headers))
-            whole = await rest.discard()
+            # Who asks whether to send a body is told no, and reading would say yes.
+            whole = "expect" not in headers and await rest.discard()
             shape = openai_errors if entry is None else entry.policy.errors
             await _answer(
                 sending, known, shape(known, caller.request_id), close=not whole, head=scope["method"] == "HEAD"

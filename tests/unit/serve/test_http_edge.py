@@ -167,6 +167,11 @@ def test_a_body_that_is_too_large_is_413(server: AppServer) -> None:
     # Nothing is read of what is announced only.
     status, data = raw(server, head(Content_Length=10**15))
     assert status == 413 and code(data) == "too_large"
+    # Nor is it asked for where a client waits to be asked.
+    status, data = raw(server, head(Content_Length=10**6, Expect="100-continue"))
+    assert status == 413 and b" 100 " not in data
+    status, data = raw(server, head("PUT", Content_Length=10**6, Expect="100-continue"))
+    assert status == 405 and b" 100 " not in data
     pieces = [b"10000\r\n" + b"a" * 65536 + b"\r\n"] * 12
     status, data = raw(server, head(Transfer_Encoding="chunked"), *pieces)
     assert status == 413 and code(data) == "too_large"
