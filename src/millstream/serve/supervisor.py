@@ -404,7 +404,7 @@ def supervise(read: Callable[[], Mapping[str, Any]]) -> int:
         beside: dict[str, tuple[Command, Path]] = {}
         if second:
             own, other = folder / "embedding.json", folder / "embedding.sock"
-            write_launch(own, embedding)
+            write_launch(own, {**embedding, "log": tree.get("log", {})})
             words = ("--socket", str(other), "--config", str(own), "--parent", str(os.getpid()))
             beside["embedding engine"] = ((sys.executable, "-m", "millstream.engine.process", *words), other)
             api = (*api, "--embedding-socket", str(other))

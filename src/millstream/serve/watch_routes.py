@@ -77,11 +77,13 @@ def admin_routes(watched: Observatory) -> list[Route]:
     return [Route("/admin/requests/{id}/timeline", timeline, methods=["GET"])]
 
 
-def _timeline(watched: Observatory, request_id: str, owner: str | None) -> Response:
+def _timeline(watched: Observatory, given: str, owner: str | None) -> Response:
+    # An answer's id holds that of its request: chatcmpl-req_...
+    request_id = given[given.rfind("req_") :] if "req_" in given else given
     found = watched.timelines.get(request_id, owner)
     if found is None:
         # Another tenant's is no different from one that never was.
-        raise UnknownName("timeline of a request", request_id[:80], (), "Those of the last few thousand are kept")
+        raise UnknownName("timeline of a request", given[:80], (), "Those of the last few thousand are kept")
     return _json(found.as_dict())
 
 

@@ -237,6 +237,8 @@ def test_what_one_tenant_has_another_does_not_see(server: AppServer) -> None:
     for path in paths:
         assert server.get(path).status == 200, path
         assert bob.get(path).status == 404, path
+    by_answer = server.get(f"/v1/requests/{said.json['id']}/timeline")
+    assert by_answer.status == 200 and by_answer.json["id"] == said.headers["x-millstream-request-id"]
     assert bob.get("/v1/files").json["data"] == [] == bob.get("/v1/batches").json["data"]
     until(lambda: server.get(f"/v1/batches/{batch['id']}").json["status"] == "completed", "the batch")
     done = server.get(f"/v1/batches/{batch['id']}").json

@@ -109,14 +109,16 @@ async function poll() {
 }
 
 // Twelve prompts of different lengths, four at a time: long ones are computed in chunks beside the answers of others. Four to
-// a request, because a browser opens only six connections to a server, and the gauges need one of them.
+// a request, because a browser opens only six connections to a server, and the gauges need one of them. Numbered by chance, so that those of the
+// next burst are not found in the cache.
 async function burst() {
   const button = find("burst"), hint = find("burst-hint"), words = "the wheel turns and the water runs over stone ";
   button.disabled = true;
+  const first = Math.floor(Math.random() * 9e5) + 1e5;
   let done = 0, failed = 0;
   const ask = async (wave) => {
     await new Promise((go) => setTimeout(go, wave * 900));
-    const prompt = [6, 2, 40, 70].map((times, place) => `Story ${4 * wave + place}. ${words.repeat(times)}\nOnce upon a time`);
+    const prompt = [6, 2, 40, 70].map((times, place) => `Story ${first + 4 * wave + place}. ${words.repeat(times)}\nOnce upon a time`);
     try {
       await (await call("v1/completions", { body: { model: settings.model, prompt, max_tokens: 48 + 16 * wave, temperature: 0.8 } })).json();
     } catch { failed += prompt.length; }

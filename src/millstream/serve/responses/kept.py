@@ -6,6 +6,7 @@ for longest go first.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from millstream.serve.responses.shapes import Item
-from millstream.serve.store import Store
+from millstream.serve.store import DiskTrouble, Store
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
@@ -77,15 +78,17 @@ class Responses:
     async def get(self, owner: str, response_id: str) -> tuple[dict[str, Any], list[Item]] | None:
         """A response and its items; None when there is none, or it is another's."""
 
-        def select(db: sqlite3.Connection) -> Any:
-            query = "SELECT object, items FROM responses WHERE owner = ? AND id = ?"
-            row = db.execute(query, (owner, response_id)).fetchone()
-            if row is not None:
-                db.execute("UPDATE responses SET used_at = ? WHERE id = ?", (self._clock(), response_id))
-            return row
-
-        row = await self._store.run(select)
-        return None if row is None else (msgspec.json.decode(row[0]), msgspec.json.decode(row[1]))
+        query, used = (
+            "SELECT object, items FROM responses WHERE owner = ? AND id = ?",
+            "UPDATE responses SET used_at = ? WHERE id = ?",
+        )
+        row = await self._store.run(lambda db: db.execute(query, (owner, response_id)).fetchone())
+        if row is None:
+            return None
+        # A disk that takes nothing now can still be read.
+        with contextlib.suppress(DiskTrouble):
+            await self._store.run(lambda db: db.execute(used, (self._clock(), response_id)))
+        return msgspec.json.decode(row[0]), msgspec.json.decode(row[1])
 
     async def delete(self, owner: str, response_id: str) -> bool:
         query = "DELETE FROM responses WHERE owner = ? AND id = ?"
