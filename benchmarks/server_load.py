@@ -342,8 +342,8 @@ async def shed(server: Server, seconds: float) -> list[tuple[str, str]]:
 async def overload(server: Server, seconds: float) -> list[tuple[str, str]]:
     """Goodput is requests a second whose answer was whole within its SLO: 5 s for all of it, from when it was due.
 
-    Each request tells the server so (in the header X-Request-Timeout). What was due in the first `SETTLE_S` of a load is
-    not counted: that is how long it takes to find out how many are too many.
+    Each request tells the server so (in the header X-Request-Timeout). What was due in the first `SETTLE_S` of a load
+    is not counted: that is how long it takes to find out how many are too many.
     """
     tokens, slo_s = 48, 5.0
     told = {"X-Request-Timeout": f"{slo_s:g}"}

@@ -10,6 +10,7 @@ PAGE = (ROOT / "docs" / "reliability.md").read_text()
 SHORT = {
     "BR": "e2e/test_bad_requests.py",
     "SF": "e2e/test_server_faults.py",
+    "SO": "e2e/test_server_outages.py",
     "SV": "e2e/test_supervisor.py",
     "EP": "unit/engine/test_engine_process.py",
 }
