@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -15,7 +16,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from millstream.cli import serve
 from millstream.core.client import Chunk, Load, RequestMetrics, Usage
+from millstream.core.errors import ConfigError
 from millstream.core.events import Preempted, Stepped
 from millstream.core.request import Slo
 from millstream.core.sequence import Finish
@@ -196,3 +199,36 @@ def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
     assert set(package[2:-1].split(",")) <= set(extras)
     kept = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
     assert "*" in kept and {"!src", "!pyproject.toml"} <= set(kept)
+
+
+def commands() -> dict[str, list[str]]:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]["command"]
+    (deployment,) = documents("Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (line,) = [line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if line.startswith("CMD ")]
+    return {
+        "image": json.loads(line.removeprefix("CMD ")),
+        "compose": [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in compose],
+        "kubernetes": container["args"],
+    }
+
+
+@pytest.mark.parametrize("where", ["image", "compose", "kubernetes"])
+def test_the_server_takes_its_command_and_lets_nobody_in_unasked(where, tmp_path, monkeypatch):
+    name, *words = commands()[where]
+    assert name == "serve"
+    monkeypatch.delenv("MILLSTREAM_API_KEY", raising=False)
+    keys = tmp_path / "keys"
+    keys.write_text("acme:a-key-of-acme\n")
+    parser = argparse.ArgumentParser()
+    serve.arguments(parser)
+    args = parser.parse_args([word.replace("/etc/millstream/keys", str(keys)) for word in words])
+    if where == "image":
+        # Whoever runs it alone says who may ask.
+        with pytest.raises(ConfigError, match="no API keys"):
+            serve.check(serve.tree_of_arguments(args))
+        monkeypatch.setenv("MILLSTREAM_API_KEY", "a-key-of-your-own")
+    shown = serve.check(serve.tree_of_arguments(args))
+    assert shown["log"]["format"] == "json" and shown["serve"]["host"] == "0.0.0.0"
+    assert shown["serve"]["port"] == 8000 and shown["model"] == "smollm2-135m"
+    assert shown["serve"]["auth"]["allow_unauthenticated"] == (where == "compose")
