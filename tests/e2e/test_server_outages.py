@@ -18,7 +18,7 @@ from serving import Answer, Client, WholeServer, alive, children_of, until, whol
 
 TEXT = "/v1/completions"
 LONG: dict[str, Any] = {"temperature": 0, "max_tokens": 400, "ignore_eos": True}
-SILENCE_S = 2.0
+SILENCE_S = 4.0
 VICTIM, FLOOD = "a-key-of-the-victim", "a-key-of-the-flood"
 
 
