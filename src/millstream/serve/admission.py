@@ -26,6 +26,8 @@ MEMORY_S, KNOWN_S = 120.0, 1.0
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 DRAIN_RETRY_S = 5.0
 MINUTE_S = 60.0
+# Of the queue, what one tenant may fill while others have come within the last minute: they find room then.
+TENANT_SHARE = 0.75
 
 
 class Place:
@@ -108,6 +110,8 @@ class Admission:
         self.config, self._draining, self._now = config, draining, now
         self.waiting_requests = self.waiting_tokens = 0
         self._queue: dict[Place, None] = {}  # in the order of arrival
+        self._waiting_of: dict[str, int] = {}  # of tenants for whom somebody waits
+        self._seen: dict[str, float] = {}  # when each tenant came last; as many as there are keys
         # While somebody waits, and while somebody has waited for so long that the server is behind.
         self._any, self._behind = _Rate(), _Rate()
         self._behind_at = -math.inf
@@ -170,6 +174,7 @@ class Admission:
             self._count()
             self._queue[place] = None
             self.waiting_requests += requests
+            self._waiting_of[caller.tenant] = self._waiting_of.get(caller.tenant, 0) + requests
             self.waiting_tokens += tokens
         return place
 
@@ -181,6 +186,11 @@ class Admission:
         self._check_tenant(caller.tenant, tokens, requests)
         if caller.background:
             return
+        self._seen[caller.tenant] = self._now()
+        most = max(1, int(TENANT_SHARE * config.queued_requests))
+        mine = self._waiting_of.get(caller.tenant, 0)
+        if config.queued_requests and mine and mine + requests > most and self._others_came(caller.tenant):
+            raise self._full("tenant_queue", f"{mine} requests of this key wait already, and others come too")
         # An empty queue takes whatever the engine can.
         if self.waiting_requests:
             if config.queued_requests and self.waiting_requests + requests > config.queued_requests:
@@ -224,6 +234,10 @@ class Admission:
             retry_s = (min(max(tokens, 1), quota) - tenant.tokens) * MINUTE_S / quota
             raise Overloaded("tenant_tokens", f"this key has used its {quota} tokens a minute", retry_s)
 
+    def _others_came(self, name: str) -> bool:
+        now = self._now()
+        return any(tenant != name and now - at < MINUTE_S for tenant, at in self._seen.items())
+
     def _tenant(self, name: str) -> _Tenant:
         quota, now = self.config.tenant_tokens_per_min, self._now()
         tenant = self._tenants.get(name)
@@ -248,6 +262,9 @@ class Admission:
         if place in self._queue:
             del self._queue[place]
             self.waiting_requests -= place.requests
+            self._waiting_of[place.tenant] -= place.requests
+            if not self._waiting_of[place.tenant]:
+                del self._waiting_of[place.tenant]
             self.waiting_tokens -= place.tokens
             if served:
                 self._any.tokens += place.tokens

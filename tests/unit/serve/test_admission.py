@@ -202,3 +202,23 @@ def test_a_queue_of_ten_thousand_costs_no_more_than_one_of_ten() -> None:
         place.first_token()
         place.leave()
     assert (time.perf_counter() - began) / 1000 < 50e-6 * 4, "seconds an entry and a leave"
+
+
+def test_one_tenant_does_not_fill_the_queue_where_others_come() -> None:
+    bench = Bench(queued_requests=8)
+    alone = [bench.enter() for _ in range(8)]
+    assert bench.refused().reason == "queue_full"
+    for place in alone:
+        place.first_token()
+    # Another one is seen, though it finds no room.
+    bench.gate.look(BOB)
+    places = [bench.enter() for _ in range(6)]
+    assert bench.refused().reason == "tenant_queue"
+    theirs = [bench.enter(caller=BOB) for _ in range(2)]
+    assert bench.refused(caller=BOB).reason == "queue_full"
+    for place in (*places, *theirs):
+        place.leave()
+    # After a minute without others the whole queue is there again.
+    bench.at += 61.0
+    assert len([bench.enter() for _ in range(8)]) == 8
+    assert not bench.gate._waiting_of.keys() - {"alice"}
