@@ -58,7 +58,9 @@ def test_ceilings_are_those_of_a_machine_of_this_century():
 
 
 def test_every_op_with_a_native_implementation_is_measured_beside_its_reference(found):
-    native = {name for name, op in table.ops().items() if "cpu" in op.implementations}
+    # Of encoders, and calls of torch's own instead of kernels.
+    others = {"activate", "layer_norm", "ragged_attention"}
+    native = {name for name, op in table.ops().items() if "cpu" in op.implementations} - others
     for op in native:
         by = {row.implementation for row in found.rows if row.op == op}
         assert by == {"cpu", table.REFERENCE}, op

@@ -82,7 +82,7 @@ def prepared(
 ) -> tuple[Sequence[Mapping[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools as the model's template is to get them. Tools that may not be called are not told."""
     tools = [tool.told() for tool in toolbox.tools] if toolbox is not None and toolbox.mode != NONE else []
-    if tools:
+    if tools or isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         check_messages(messages)
     if dialect.native:
         return [_with_ids(dialect.format, message) for message in messages], tools or None
