@@ -1,4 +1,4 @@
-"""Every table that a server keeps between requests says what bounds it: a new one without an entry here fails the build.
+"""Every table that a server keeps between requests says what bounds it: a new one without an entry fails the build.
 
 Looked for are attributes of objects in the server, the text layer and the engine that begin as an empty dict or set.
 """
