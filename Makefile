@@ -67,6 +67,7 @@ $(BIN)/python:
 
 .venv/test-model: .venv/test
 	@$(BIN)/millstream pull gemma3-270m
+	@$(BIN)/millstream pull all-minilm-l6-v2
 	@touch $@
 
 .venv/serve: .venv/model

@@ -443,7 +443,7 @@ def test_after_kill_9_at_a_random_step_every_text_is_what_it_would_have_been(eng
             assert heard.ends() == {0: (Finish.LENGTH, None)} and len(heard.tokens()) == 80
             assert remote.losses == 2 and remote.resumed >= 1
             await at_rest(remote)
-            assert len(os.listdir("/proc/self/fd")) == fds
+            assert len(os.listdir("/proc/self/fd")) <= fds
 
     run(main)
 

