@@ -301,6 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--embedding-socket", type=Path, help="that of a second engine, of an embedding model")
     parser.add_argument("--parent", type=int, help="end when the process of this id is no longer the parent")
     args = parser.parse_args(argv)
+    # One text at a time is cut into tokens here; threads of the library's own would only take cores from the engine.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     set_up_logs()
     # What it tells of every bad request is told to the client, and counted.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,34 @@ def test_bos_follows_the_rule_of_the_model() -> None:
     assert bpe.encode("a", add_bos=True)[0] == bpe.bos_id and bpe.encode("a")[0] != bpe.bos_id
     assert spm.encode("<s>a", parse_special=True).count(spm.bos_id) == 1
     assert spm.encode("<s>a", parse_special=True, add_bos=True).count(spm.bos_id) == 2
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm"])
+def test_ids_of_a_long_text_are_those_of_the_library_and_other_threads_go_on(kind: str) -> None:
+    tokenizer = small_tokenizer(kind)
+    text = "The stream and the mill: 12 ducks, 3 geese. é🎉 <|im_end|> " * 12_000
+    want = tokenizer._backend.encode(tokenizer._prefixed(text, True), add_special_tokens=False).ids
+    turns, done = 0, threading.Event()
+
+    def count() -> None:
+        nonlocal turns
+        while not done.wait(0.001):
+            turns += 1
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    try:
+        while not turns:
+            time.sleep(0.001)
+        before = turns
+        found = tokenizer._encode_plain(text, first=True)
+        during = turns - before
+    finally:
+        done.set()
+        counting.join()
+    assert found == want
+    # With the GIL held it would be none or one.
+    assert during > 5
 
 
 def test_encode_batch_equals_encode() -> None:
