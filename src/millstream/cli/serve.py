@@ -50,7 +50,7 @@ _FLAGS: Mapping[str, tuple[tuple[str, str, type, str], ...]] = {
             "--generation-config",
             "serve.api.generation_config",
             str,
-            "model: its own sampling defaults; none: not those",
+            "model (or auto): its own sampling defaults; none (or vllm): not those",
         ),
     ),
     "the engine": (

@@ -18,6 +18,7 @@ MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SEED = 2**63 - 1
 MAX_SECONDS = 1e9
+MAX_PRIORITY = 2**63 - 1
 MAX_STRUCTURED_CHARS = 1 << 18
 MAX_LEAD_CHARS = 1024
 
@@ -388,8 +389,7 @@ class Request:
             raise BadRequest("kind", self.kind, ", ".join(f"Kind.{kind.name}" for kind in Kind))
         if self.decode is not None and not isinstance(self.decode, Choice):
             raise BadRequest("decode", self.decode, "a Choice of a decode method, such as Choice('beam', {'width': 4})")
-        if not isinstance(self.priority, int) or isinstance(self.priority, bool):
-            raise BadRequest("priority", self.priority, "an integer")
+        _integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if not isinstance(self.background, bool):
             raise BadRequest("background", self.background, "true or false")
         for name in ("tenant", "adapter", "cache_salt", "label"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 import msgspec
@@ -62,17 +62,33 @@ async def read(request: Request, kind: type[T], *, strict: bool = False, ignored
     given = _keys(body)
     if len(given) > MAX_KEYS:
         raise BadRequest("body", f"{len(given)} fields", f"at most {MAX_KEYS}")
-    unknown = [name for name in given if name not in known and name not in ignored]
-    if unknown:
-        if strict:
-            name = unknown[0]
-            close = nearest(name, known)
-            hint = f"; the nearest is {close!r}" if close else ""
-            raise BadRequest(name[:80], "a field", f"none of that name{hint}")
-        shown = ", ".join(_label(name) for name in unknown[:MAX_WARNED])
-        more = f" and {len(unknown) - MAX_WARNED} more" if len(unknown) > MAX_WARNED else ""
-        request.state.warnings = [*getattr(request.state, "warnings", []), f"ignored: {shown}{more}"]
+    check_known(request, given, known, strict=strict, ignored=ignored)
     return asked
+
+
+def check_known(
+    request: Request,
+    given: Iterable[str],
+    known: Collection[str],
+    *,
+    strict: bool,
+    ignored: Collection[str] = (),
+    within: str = "",
+) -> None:
+    """Fields that are not known are told in a header of the response, or refused when `strict`. Raises BadRequest.
+
+    `within` is the path of the object that they lie in.
+    """
+    unknown = [name for name in given if name not in known and name not in ignored]
+    if not unknown:
+        return
+    if strict:
+        close = nearest(unknown[0], known)
+        hint = f"; the nearest is {close!r}" if close else ""
+        raise BadRequest(f"{within}{unknown[0][:80]}", "a field", f"none of that name{hint}")
+    shown = ", ".join(within + _label(name) for name in unknown[:MAX_WARNED])
+    more = f" and {len(unknown) - MAX_WARNED} more" if len(unknown) > MAX_WARNED else ""
+    request.state.warnings = [*getattr(request.state, "warnings", []), f"ignored: {shown}{more}"]
 
 
 def warn(request: Request, text: str) -> None:

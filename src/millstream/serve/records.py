@@ -83,6 +83,7 @@ def log_line(record: Record) -> dict[str, Any]:
         "finish": _reasons(record.finish),
         "prompt_tokens": record.prompt_tokens,
         "cached_tokens": record.cached_tokens,
+        "reasoning_tokens": record.reasoning_tokens,
         "output_tokens": record.output_tokens,
         "queue_s": _rounded(record.queue_s),
         "ttft_s": _rounded(record.ttft_s),

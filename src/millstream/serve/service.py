@@ -27,7 +27,7 @@ from millstream.engine.remote import load_tokenizer
 from millstream.serve.caller import Caller, DeadlinePassed, Gate, Seat, caller_of
 from millstream.serve.errors import CLIENT_GONE, ClientGone, Refused, telling
 from millstream.serve.observatory import Call, Observatory
-from millstream.serve.openai.shapes import DEFAULTS
+from millstream.serve.openai.shapes import DEFAULTS, Sampling, salt_of, slo_of
 from millstream.serve.tools import Parsers
 from millstream.text.grammar.compiler import GrammarCompiler
 from millstream.text.tokenizer import Tokenizer
@@ -42,6 +42,10 @@ PATHS = {
     Kind.GENERATE: ("/v1/chat/completions", "/v1/completions"),
     Kind.EMBED: ("/v1/embeddings", "/v1/rerank", "/v1/score"),
 }
+# Whether the model's own sampling defaults are those of requests, in our words and in vLLM's.
+GENERATION_CONFIGS = {"model": True, "none": False, "auto": True, "vllm": False}
+# What traces tell of how a request is sampled.
+TRACED = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed")
 # Chunks that wait for whoever merges several requests; each request waits for its turn beyond them.
 MERGED = 64
 
@@ -52,10 +56,11 @@ class ApiConfig:
 
     `model_names` are what clients call the model, instead of its own name. `strict` refuses fields that are not known
     instead of telling them in a header. `chat_templates` lets clients bring a template of their own. With
-    `generation_config` "none" the model's own sampling defaults are left out. A prompt may have `prompt_bytes` of text
-    before it is cut into tokens, a request `prompts` of them and `n` outputs of each. Deadlines in seconds: one for
-    requests that bring none, and the longest (0: no such thing). `tool_parser` and `reasoning_parser` say how the model
-    writes calls and thinking, "auto" goes by its template; without `guided_tools` nothing holds calls to their form.
+    `generation_config` "none" (for vLLM "vllm") the model's own sampling defaults are left out, with "model" ("auto")
+    they are those of requests. A prompt may have `prompt_bytes` of text before it is cut into tokens, a request
+    `prompts` of them and `n` outputs of each. Deadlines in seconds: one for requests that bring none, and the longest
+    (0: no such thing). `tool_parser` and `reasoning_parser` say how the model writes calls and thinking, "auto" goes by
+    its template; without `guided_tools` nothing holds calls to their form.
     """
 
     model_names: tuple[str, ...] = ()
@@ -72,8 +77,9 @@ class ApiConfig:
     guided_tools: bool = True
 
     def __post_init__(self) -> None:
-        if self.generation_config not in ("model", "none"):
-            raise ConfigError(f"serve.api.generation_config: got {self.generation_config!r}, allowed is model or none")
+        if self.generation_config not in GENERATION_CONFIGS:
+            allowed = ", ".join(GENERATION_CONFIGS)
+            raise ConfigError(f"serve.api.generation_config: got {self.generation_config!r}, allowed is {allowed}")
         if not 1 <= self.n <= MAX_N:
             raise ConfigError(f"serve.api.n: got {self.n}, allowed is 1 to {MAX_N}")
         for name in ("prompt_bytes", "prompts"):
@@ -150,7 +156,7 @@ class Service:
     def take(self, facts: ModelFacts, tokenizer: Tokenizer) -> Served:
         """The model is there."""
         compiler = GrammarCompiler(tokenizer.vocabulary, facts.limits.vocab_size, tokenizer.stop_ids)
-        own = facts.generation_config if self.config.generation_config == "model" else {}
+        own = facts.generation_config if GENERATION_CONFIGS[self.config.generation_config] else {}
         defaults = {name: own[name] for name in DEFAULTS if own.get(name) is not None}
         if own.get("do_sample") is False:
             defaults["temperature"] = 0.0
@@ -193,12 +199,19 @@ class Service:
         """Runs what takes long on a thread, so that streams go on meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *given, **named))
 
-    async def encode(self, served: Served, text: str, param: str, add_bos: bool | None = None) -> list[int]:
-        """The tokens of a text. Raises BadRequest, before it looks at it where it is too long."""
-        self.check_bytes(len(text), param)
-        if len(text) <= INLINE_CHARS:
-            return served.tokenizer.encode(text, add_bos=add_bos)
-        return await self.aside(served.tokenizer.encode, text, add_bos=add_bos)
+    async def either(self, size: int, work: Callable[..., T], *given: Any, **named: Any) -> T:
+        """What `work` gives for so much text, or so many tokens: at once, or of much on a thread."""
+        return work(*given, **named) if size <= INLINE_CHARS else await self.aside(work, *given, **named)
+
+    async def encode(self, served: Served, texts: Sequence[str], param: str, add_bos: bool | None) -> list[list[int]]:
+        """The tokens of each text. Raises Refused, before it looks at them, where they are too long together."""
+        size = size_of(texts)
+        self.check_bytes(size, param)
+
+        def all_of_them() -> list[list[int]]:
+            return [served.tokenizer.encode(text, add_bos=add_bos) for text in texts]
+
+        return await self.either(size, all_of_them)
 
     def check_bytes(self, count: int, param: str) -> None:
         if count > self.config.prompt_bytes:
@@ -236,6 +249,17 @@ class Service:
         call.tenant, call.label, call.traceparent = caller.tenant, caller.label, caller.traceparent
         request.state.call = call
         return call
+
+    def job(self, request: Request, ask: Sampling, served: Served, parts: Sequence[Part], most: int | None) -> Job:
+        """What a request comes to, told to who watches. `most` are the tokens that it asks for. Raises BadRequest."""
+        config, caller, params = self.config, caller_of(request), parts[0].params
+        header = request.headers.get("x-request-timeout")
+        slo = slo_of(ask, header, config.deadline_s or None, config.max_deadline_s or None)
+        call: Call = request.state.call
+        call.model, call.stream, call.slo, call.max_tokens = served.name, bool(ask.stream), slo, most
+        call.n = params.n * len(parts)
+        call.sampling = {name: value for name in TRACED if (value := getattr(params, name)) is not None}
+        return Job(caller, call, parts, slo, ask.priority or 0, salt_of(ask, caller.salt))
 
     def admit(self, job: Job) -> None:
         """Takes a place for all of a job. Raises BadRequest for what no engine could take, and Overloaded."""
@@ -335,6 +359,17 @@ class Service:
             cache_salt=job.salt,
             label=job.caller.label,
         )
+
+
+def size_of(value: Any) -> int:
+    """Bytes of all texts in what a client sent: about the most that it can come to in a prompt."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, Mapping):
+        return sum(map(size_of, value)) + sum(map(size_of, value.values()))
+    if isinstance(value, Sequence):
+        return sum(map(size_of, value))
+    return 0
 
 
 def shown_name(model: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from millstream.core.errors import BadRequest, RequestFault, Told
 from millstream.core.request import Kind, SamplingParams
 from millstream.engine.vectors import floats, probability, similarity
-from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service
+from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service, size_of
 from millstream.text.tokenizer import Tokenizer
 
 # Up to here it is quicker done than handed to a thread.
@@ -62,7 +62,7 @@ async def prompts_of(service: Service, served: Served, texts: Sequence[Text], ke
         raise BadRequest("truncate_prompt_tokens", keep, f"-1 for what the model takes, or {least} to {most} tokens")
     chars = 0
     for text in texts:
-        own = (len(text.value) if isinstance(text.value, str) else 0) + len(text.second or "")
+        own = size_of(text.second) + (size_of(text.value) if isinstance(text.value, str) else 0)
         service.check_bytes(own, text.param)
         chars += own
 

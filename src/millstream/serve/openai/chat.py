@@ -19,8 +19,8 @@ from millstream.serve.caller import caller_of
 from millstream.serve.chats import Said
 from millstream.serve.errors import Refused
 from millstream.serve.openai.reading import Counts, Reading, chat_logprob, prompt_logprobs
-from millstream.serve.openai.shapes import IGNORED, ChatAsk, params_of, salt_of, slo_of, structured_fields
-from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service, end
+from millstream.serve.openai.shapes import IGNORED, ChatAsk, params_of, structured_fields
+from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service, end, size_of
 from millstream.serve.sse import DONE, EventStream, Primed, guarded, while_there
 from millstream.serve.structured import structured_of
 from millstream.serve.tools import ChatPlan, Turn, plan_chat
@@ -46,10 +46,11 @@ class Prepared:
 class _Output:
     """One output: its text, read as calls, thinking and content."""
 
-    __slots__ = ("_plain", "_tokenizer", "_top", "reading", "turn")
+    __slots__ = ("_call", "_tokenizer", "_top", "reading", "turn")
 
     def __init__(self, prepared: Prepared) -> None:
         params = prepared.job.parts[0].params
+        self._call = prepared.job.call
         self._tokenizer = prepared.served.tokenizer
         self._top = prepared.ask.top_logprobs or 0
         self.reading = Reading(self._tokenizer, params, prepared.plan.shown)
@@ -57,10 +58,13 @@ class _Output:
 
     def push(self, chunk: Chunk) -> tuple[list[Any], list[dict[str, Any]]]:
         """The pieces that became certain, and the logprobs of the tokens."""
+        thought = self.turn.reasoning_tokens
         text = self.reading.push(chunk)
         pieces = self.turn.push(text, len(chunk.tokens)) if text or chunk.tokens else []
         if chunk.finish is not None:
             pieces = [*pieces, *self.turn.finish()]
+        if self.turn.reasoning_tokens != thought:
+            self._call.reasoning_tokens += self.turn.reasoning_tokens - thought
         entries = [chat_logprob(self._tokenizer, entry, self._top) for entry in self.reading.logprobs(chunk)]
         return pieces, entries
 
@@ -102,25 +106,16 @@ class ChatRoutes:
         )
         for text in plan.warnings:
             warn(request, text)
-        caller, call = caller_of(request), request.state.call
-        call.model, call.stream, call.n, call.max_tokens = served.name, bool(ask.stream), params.n, most
-        job = Job(
-            caller,
-            call,
-            [Part(plan.ids, params)],
-            slo_of(
-                ask, request.headers.get("x-request-timeout"), config.deadline_s or None, config.max_deadline_s or None
-            ),
-            ask.priority or 0,
-            salt_of(ask, caller.salt),
-        )
-        call.slo = job.slo
+        job = service.job(request, ask, served, [Part(plan.ids, params)], most)
         return Prepared(ask, served, plan, job, ask.model or served.name)
 
     async def plan(self, ask: ChatAsk, served: Served) -> ChatPlan:
         service = self.service
-        size = sum(_size(message) for message in ask.messages)
-        service.check_bytes(size, "messages")
+        size = 0
+        # A template may write all of it into the prompt, and any part of it takes its time.
+        for name in ("messages", "tools", "chat_template_kwargs", "chat_template"):
+            size += size_of(getattr(ask, name))
+            service.check_bytes(size, name)
         kwargs = dict(ask.chat_template_kwargs or {})
         if ask.reasoning_effort is not None:
             if ask.reasoning_effort not in ("none", "minimal", "low", "medium", "high", "xhigh"):
@@ -145,7 +140,8 @@ class ChatRoutes:
             continue_final_message=going_on,
             parsers=service.parsers,
             thinks=ask.include_reasoning is not False,
-            aside=service.aside if size > INLINE_CHARS else None,
+            # How long a client's template runs, its size does not tell.
+            aside=service.aside if size > INLINE_CHARS or ask.chat_template is not None else None,
         )
 
     def _template(self, source: str | None, served: Served) -> ChatTemplate | None:
@@ -182,7 +178,7 @@ class ChatRoutes:
                     positions = chunk.prompt_logprobs
         finally:
             await steps.aclose()
-        counts.reasoning = sum(output.turn.reasoning_tokens for output in outputs)
+        counts.reasoning = prepared.job.call.reasoning_tokens
         ask = prepared.ask
         choices = []
         for index, output in enumerate(outputs):
@@ -212,20 +208,24 @@ class ChatRoutes:
         # What all chunks begin with is written once.
         opening = _encode(head)[:-1] + b',"choices":'
 
-        def chunk_of(choices: list[dict[str, Any]], with_usage: bool) -> bytes:
+        def chunk_of(choices: list[dict[str, Any]], with_usage: bool, more: bytes = b"") -> bytes:
             usage = b',"usage":' + _encode(counts.usage()) if with_usage else b""
-            return b"data: " + opening + _encode(choices) + usage + b"}\n\n"
+            return b"data: " + opening + _encode(choices) + more + usage + b"}\n\n"
 
         role: dict[str, Any] = {"role": "assistant", "content": ""}
+        # The prompt is all outputs' own, so it comes once.
+        prompt = b',"prompt_token_ids":' + _encode(prepared.plan.ids) if ask.return_token_ids else b""
         yield b"".join(
-            chunk_of([{"index": i, "delta": role, "logprobs": None, "finish_reason": None}], False)
+            chunk_of(
+                [{"index": i, "delta": role, "logprobs": None, "finish_reason": None}], False, b"" if i else prompt
+            )
             for i in range(len(outputs))
         )
         async for place, chunk in steps:
             counts.add(place, chunk)
             output = outputs[chunk.index]
             pieces, entries = output.push(chunk)
-            counts.reasoning = sum(one.turn.reasoning_tokens for one in outputs)
+            counts.reasoning = prepared.job.call.reasoning_tokens
             out: list[bytes] = []
             deltas = output.turn.deltas(pieces)
             if not deltas and (entries or (ask.return_token_ids and chunk.tokens)) and chunk.finish is None:
@@ -266,7 +266,7 @@ class ChatRoutes:
         ask = await read(request, ChatAsk, strict=self.service.config.strict, ignored=IGNORED)
         served = self.service.model(ask.model)
         plan = await self.plan(ask, served)
-        text = served.tokenizer.decode(plan.ids, False)
+        text = await self.service.either(len(plan.ids), served.tokenizer.decode, plan.ids, False)
         body = {
             "object": "prompt",
             "model": ask.model or served.name,
@@ -333,14 +333,3 @@ def _head(prepared: Prepared, kind: str) -> dict[str, Any]:
         "model": prepared.model,
         "system_fingerprint": f"millstream-{prepared.served.facts.version}",
     }
-
-
-def _size(value: Any) -> int:
-    """Characters of all texts in a message: the most that it can come to in a prompt, roughly."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    if isinstance(value, list):
-        return sum(map(_size, value))
-    return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -16,9 +16,8 @@ from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest
 from millstream.core.request import Kind
 from millstream.serve.body import read, warn
-from millstream.serve.caller import caller_of
 from millstream.serve.openai.reading import Counts, Reading, TextLogprobs, prompt_logprobs
-from millstream.serve.openai.shapes import IGNORED, CompletionAsk, params_of, salt_of, slo_of, structured_fields
+from millstream.serve.openai.shapes import IGNORED, CompletionAsk, params_of, structured_fields
 from millstream.serve.service import Job, Part, Served, Service
 from millstream.serve.sse import DONE, EventStream, Primed, guarded, while_there
 from millstream.serve.structured import structured_of
@@ -43,13 +42,13 @@ class Prepared:
 class _Output:
     """One output. What is echoed of its prompt comes first, with logprobs of its own."""
 
-    __slots__ = ("_echo", "_logprobs", "_part", "_tokenizer", "reading")
+    __slots__ = ("_began", "_echo", "_logprobs", "_part", "_tokenizer", "reading")
 
     def __init__(self, prepared: Prepared, part: Part) -> None:
         tokenizer = self._tokenizer = prepared.served.tokenizer
-        self._part = part
+        self._part, self._began = part, False
         self.reading = Reading(tokenizer, part.params)
-        self._echo = (part.text if part.text is not None else tokenizer.decode(part.ids)) if prepared.ask.echo else None
+        self._echo = part.text if prepared.ask.echo else None
         self._logprobs = None if prepared.logprobs is None else TextLogprobs(tokenizer, prepared.logprobs)
 
     def push(self, chunk: Chunk) -> tuple[str, dict[str, Any] | None]:
@@ -68,6 +67,11 @@ class _Output:
             self.reading.finish = "length"
         found = self._logprobs.of(entries) if self._logprobs is not None and entries else None
         return text, found
+
+    def begins(self) -> bool:
+        """Whether this is asked for the first time: what a stream tells once comes then."""
+        began, self._began = self._began, True
+        return not began
 
 
 class CompletionRoutes:
@@ -95,10 +99,6 @@ class CompletionRoutes:
         scores = most == 0
         if scores and not ask.echo:
             raise BadRequest("max_tokens", 0, "an integer from 1, or 0 with echo: true")
-        if ask.echo and ask.logprobs is not None and ask.prompt_logprobs is None:
-            ask.prompt_logprobs = ask.logprobs
-        if scores and ask.prompt_logprobs is None:
-            ask.prompt_logprobs = 0
         params = params_of(
             ask,
             served.defaults,
@@ -107,51 +107,52 @@ class CompletionRoutes:
             structured=held,
             max_n=config.n,
         )
+        if params.prompt_logprobs is None and (scores or (ask.echo and ask.logprobs is not None)):
+            params = replace(params, prompt_logprobs=ask.logprobs or 0)
         kind = Kind.SCORE if scores else Kind.GENERATE
         parts = [Part(ids, params, text, kind) for text, ids in prompts]
+        if ask.echo:
+            await self._spell(parts, served)
         if len(parts) * n > config.n and n > 1:
             raise BadRequest("n", n, f"at most {config.n} outputs in all: there are {len(parts)} prompts")
-        caller, call = caller_of(request), request.state.call
-        call.model, call.stream, call.n, call.max_tokens = served.name, bool(ask.stream), n * len(parts), most
-        job = Job(
-            caller,
-            call,
-            parts,
-            slo_of(
-                ask, request.headers.get("x-request-timeout"), config.deadline_s or None, config.max_deadline_s or None
-            ),
-            ask.priority or 0,
-            salt_of(ask, caller.salt),
-        )
-        call.slo = job.slo
+        job = service.job(request, ask, served, parts, most)
         return Prepared(ask, served, job, ask.model or served.name, ask.logprobs)
 
     async def prompts(self, ask: CompletionAsk, served: Served) -> list[tuple[str | None, list[int]]]:
         """Text, where there is one, and tokens of every prompt. Raises BadRequest naming the one that is wrong."""
         given, most = ask.prompt, self.service.config.prompts
+        add_bos = False if ask.add_special_tokens is False else None
         if isinstance(given, str):
-            return [(given, await self._encode(ask, served, given, "prompt"))]
+            ids = (await self.service.encode(served, [given], "prompt", add_bos))[0]
+            return [(given, _some(ids, given, "prompt"))]
         if not given:
             raise BadRequest("prompt", given, "a text, token ids, or a list of either")
         if all(type(one) is int for one in given):
             return [(None, _ids(given, "prompt"))]
         if len(given) > most:
             raise BadRequest("prompt", f"{len(given)} prompts", f"at most {most}")
-        self.service.check_bytes(sum(len(one) for one in given if isinstance(one, str)), "prompt")
+        encoded = iter(
+            await self.service.encode(served, [one for one in given if isinstance(one, str)], "prompt", add_bos)
+        )
         found: list[tuple[str | None, list[int]]] = []
         for place, one in enumerate(given):
             param = f"prompt[{place}]"
             if isinstance(one, str):
-                found.append((one, await self._encode(ask, served, one, param)))
+                found.append((one, _some(next(encoded), one, param)))
             else:
                 found.append((None, _ids(one, param)))
         return found
 
-    async def _encode(self, ask: CompletionAsk, served: Served, text: str, param: str) -> list[int]:
-        ids = await self.service.encode(served, text, param, False if ask.add_special_tokens is False else None)
-        if not ids:
-            raise BadRequest(param, text, "a text of at least one token")
-        return ids
+    async def _spell(self, parts: Sequence[Part], served: Served) -> None:
+        """Finds the text of prompts that came as tokens, once for all their outputs."""
+        size = served.facts.limits.vocab_size
+        for place, part in enumerate(parts):
+            if part.text is None:
+                param = "prompt" if len(parts) == 1 else f"prompt[{place}]"
+                wrong = next((token for token in part.ids if not 0 <= token < size), None)
+                if wrong is not None:
+                    raise BadRequest(param, wrong, f"token ids from 0 to {size - 1}")
+                part.text = await self.service.either(len(part.ids), served.tokenizer.decode, part.ids)
 
     async def create(self, request: Request) -> Response:
         ask = await read(request, CompletionAsk, strict=self.service.config.strict, ignored=IGNORED)
@@ -192,7 +193,7 @@ class CompletionRoutes:
                     "finish_reason": output.reading.finish,
                     "stop_reason": output.reading.stop_reason,
                 }
-                if prepared.ask.prompt_logprobs is not None and positions[place] is not None:
+                if part.params.prompt_logprobs is not None and positions[place] is not None:
                     choice["prompt_logprobs"] = prompt_logprobs(prepared.served.tokenizer, part.ids, positions[place])
                 if prepared.ask.return_token_ids:
                     choice["token_ids"] = output.reading.token_ids
@@ -224,6 +225,8 @@ class CompletionRoutes:
             }
             if ask.return_token_ids:
                 choice["token_ids"] = list(chunk.tokens)
+                if output.begins():
+                    choice["prompt_token_ids"] = list(parts[place].ids)
             usage = b',"usage":' + _encode(counts.usage()) if each else b""
             yield b"data: " + opening + b"[" + _encode(choice) + b"]" + usage + b"}\n\n"
         if options is not None and options.include_usage:
@@ -234,10 +237,15 @@ class CompletionRoutes:
         """The exact prompts of a completion: token ids and their text, control tokens spelled."""
         ask = await read(request, CompletionAsk, strict=self.service.config.strict, ignored=IGNORED)
         served = self.service.model(ask.model)
-        found = [
-            {"prompt": served.tokenizer.decode(ids, False), "token_ids": ids, "count": len(ids)}
-            for _, ids in await self.prompts(ask, served)
-        ]
+        prompts = await self.prompts(ask, served)
+
+        def all_of_them() -> list[dict[str, Any]]:
+            return [
+                {"prompt": served.tokenizer.decode(ids, False), "token_ids": ids, "count": len(ids)}
+                for _, ids in prompts
+            ]
+
+        found = await self.service.either(sum(len(ids) for _, ids in prompts), all_of_them)
         body = {
             "object": "prompts",
             "model": ask.model or served.name,
@@ -258,6 +266,12 @@ def _ids(given: Any, param: str) -> list[int]:
         if type(one) is not int:
             raise BadRequest(param, one, "token ids, all integers")
     return list(given)
+
+
+def _some(ids: list[int], text: str, param: str) -> list[int]:
+    if not ids:
+        raise BadRequest(param, text, "a text of at least one token")
+    return ids
 
 
 def _joined(so_far: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:

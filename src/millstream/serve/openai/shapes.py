@@ -171,6 +171,8 @@ def params_of(
         value = getattr(ask, name)
         if value is not None:
             given[name] = value
+    if ask.stream and ask.prompt_logprobs is not None:
+        raise BadRequest("prompt_logprobs", ask.prompt_logprobs, "none with stream: true, which tells outputs only")
     if ask.stop is not None:
         given["stop"] = (ask.stop,) if isinstance(ask.stop, str) else tuple(ask.stop)
     if ask.stop_token_ids is not None:

@@ -12,18 +12,16 @@ from starlette.routing import Route
 
 from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest
-from millstream.serve.body import read, warn
-from millstream.serve.caller import caller_of
+from millstream.serve.body import check_known, read, warn
 from millstream.serve.openai.chat import ChatRoutes
 from millstream.serve.openai.reading import SERVER_FINISHES, Counts
 from millstream.serve.openai.shapes import (
     ChatAsk,
     DetokenizeAsk,
+    Sampling,
     TokenizeAsk,
     TokensAsk,
     params_of,
-    salt_of,
-    slo_of,
     structured_fields,
 )
 from millstream.serve.service import Job, Part, Served, Service
@@ -32,6 +30,9 @@ from millstream.serve.structured import structured_of
 
 GENERATE = "/generate"
 OPERATION = "generate"
+
+# Fields that may lie in `sampling_params`.
+INSIDE = frozenset(Sampling.__struct_fields__) - {"model", "stream", "stream_options"} | {"logprobs"}
 
 _encode = msgspec.json.encode
 
@@ -46,7 +47,8 @@ class TokenRoutes:
         if (ask.prompt is None) == (ask.messages is None):
             raise BadRequest("prompt", ask.prompt, "either prompt or messages")
         if ask.prompt is not None:
-            ids = await self.service.encode(served, ask.prompt, "prompt", None if ask.add_special_tokens else False)
+            add_bos = None if ask.add_special_tokens else False
+            ids = (await self.service.encode(served, [ask.prompt], "prompt", add_bos))[0]
         else:
             assert ask.messages is not None
             chat = ChatAsk(
@@ -62,15 +64,17 @@ class TokenRoutes:
             "count": len(ids),
             "max_model_len": served.facts.limits.max_context,
             "tokens": ids,
-            "token_strs": [served.tokenizer.spelling_of(token) for token in ids] if ask.return_token_strs else None,
+            "token_strs": None,
         }
+        if ask.return_token_strs:
+            body["token_strs"] = await self.service.either(len(ids), _spellings, served, ids)
         return Response(_encode(body), media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
         ask = await read(request, DetokenizeAsk, strict=self.service.config.strict)
         served = self.service.served_model(ask.model)
         _check_ids(ask.tokens, served, "tokens")
-        text = await self.service.aside(served.tokenizer.decode, ask.tokens, ask.skip_special_tokens)
+        text = await self.service.either(len(ask.tokens), served.tokenizer.decode, ask.tokens, ask.skip_special_tokens)
         return Response(_encode({"prompt": text}), media_type="application/json")
 
     async def generate(self, request: Request) -> Response:
@@ -86,11 +90,7 @@ class TokenRoutes:
     async def _prepare(self, request: Request, ask: TokensAsk) -> tuple[Job, Served]:
         service, config = self.service, self.service.config
         if ask.sampling_params is not None:
-            # Fields may lie in there, as vLLM and SGLang have it; what is given twice must not differ silently.
-            inside = dict(ask.sampling_params)
-            if "max_new_tokens" in inside:
-                inside.setdefault("max_tokens", inside.pop("max_new_tokens"))
-            ask = msgspec.convert({**_given(ask), **inside}, TokensAsk)
+            ask = _unfolded(request, ask, config.strict)
         served = service.model(ask.model)
         found = [(name, ids) for name in ("token_ids", "prompt_token_ids", "input_ids") if (ids := getattr(ask, name))]
         if len(found) != 1:
@@ -111,13 +111,7 @@ class TokenRoutes:
         params = params_of(
             ask, served.defaults, max_tokens=most, logprobs=ask.logprobs, structured=held, max_n=config.n
         )
-        caller, call = caller_of(request), request.state.call
-        call.model, call.stream, call.n, call.max_tokens = served.name, bool(ask.stream), params.n, most
-        slo = slo_of(
-            ask, request.headers.get("x-request-timeout"), config.deadline_s or None, config.max_deadline_s or None
-        )
-        call.slo = slo
-        return Job(caller, call, [Part(ids, params)], slo, ask.priority or 0, salt_of(ask, caller.salt)), served
+        return service.job(request, ask, served, [Part(ids, params)], most), served
 
     async def _whole(self, job: Job, served: Served, steps: Primed[tuple[int, Chunk]]) -> Response:
         counts = Counts()
@@ -165,12 +159,28 @@ def _check_ids(ids: list[int], served: Served, param: str) -> None:
             raise BadRequest(param, token, f"token ids from 0 to {size - 1}")
 
 
-def _given(ask: TokensAsk) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in msgspec.structs.asdict(ask).items()
-        if value is not None and name != "sampling_params"
-    }
+def _spellings(served: Served, ids: list[int]) -> list[str]:
+    return [served.tokenizer.spelling_of(token) for token in ids]
+
+
+def _unfolded(request: Request, ask: TokensAsk, strict: bool) -> TokensAsk:
+    """The same with the fields of `sampling_params`, where vLLM and SGLang have them, beside the others.
+
+    Raises BadRequest, for a field that is given in both places too: one of them would be lost.
+    """
+    inside = dict(ask.sampling_params or {})
+    if "max_new_tokens" in inside and "max_tokens" not in inside:
+        inside["max_tokens"] = inside.pop("max_new_tokens")
+    check_known(request, inside, INSIDE, strict=strict, within="sampling_params.")
+    beside = {name: value for name, value in msgspec.structs.asdict(ask).items() if value is not None}
+    del beside["sampling_params"]
+    for name in inside.keys() & beside.keys() & INSIDE:
+        raise BadRequest(f"sampling_params.{name}", inside[name], f"{name} in one place, in there or beside it")
+    known = {name: value for name, value in inside.items() if name in INSIDE}
+    try:
+        return msgspec.convert({**beside, **known}, TokensAsk)
+    except msgspec.ValidationError as error:
+        raise msgspec.ValidationError(str(error).replace("`$.", "`$.sampling_params.")) from None
 
 
 def _choice(index: int) -> dict[str, Any]:
