@@ -184,6 +184,9 @@ class ToolFormat(Protocol):
 
 def merged(pieces: Sequence[Piece]) -> list[Piece]:
     """Neighbours of one kind made one; empty ones left out."""
+    if len(pieces) < 2:
+        # Nearly always: a stream's token is one piece, or none.
+        return [piece for piece in pieces if isinstance(piece, CallStart) or piece.text]
     out: list[Piece] = []
     for kind, group in itertools.groupby(pieces, key=_kind):
         if kind[0] is CallStart:
