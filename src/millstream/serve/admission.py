@@ -1,9 +1,10 @@
 """Who may come in: a queue that is bounded by requests, by tokens and by time, deadlines, and quotas of tenants.
 
 A request waits here from its arrival to its first token. How long a new one would wait is told by how fast prompts
-leave the queue: their tokens a second, over the last seconds in which there was one. A server that was never behind
-does not know how fast it is, so its guess counts only once somebody has really waited; for some minutes after it was
-behind it knows, and a burst is cut to what fits from its first request on.
+leave the queue: their tokens a second, over the last seconds in which there was one. Each request counts as some more
+tokens than its prompt has, so that a few short prompts behind long work do not make every other one look slow. A server
+that was never behind does not know how fast it is, so its guess counts only once somebody has really waited; for some
+minutes after it was behind it knows, and a burst is cut to what fits from its first request on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ WINDOW_S = 10.0
 PROOF_S = 0.5
 # How long it is remembered how fast the server was when it was behind, and what it takes to know.
 MEMORY_S, KNOWN_S = 120.0, 1.0
+# What a request costs beside its prompt, in tokens of prompts.
+REQUEST_TOKENS = 64
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 DRAIN_RETRY_S = 5.0
 MINUTE_S = 60.0
@@ -81,34 +84,39 @@ class _Tenant:
 
 
 class _Rate:
-    """Tokens a second of the recent past. It fades with the time that is counted, not with the time that passes."""
+    """Work a second of the recent past. It fades with the time that is counted, not with the time that passes."""
 
-    __slots__ = ("busy_s", "tokens")
+    __slots__ = ("busy_s", "work")
 
     def __init__(self) -> None:
-        self.tokens = self.busy_s = 0.0
+        self.work = self.busy_s = 0.0
 
     def passed(self, seconds: float) -> None:
         fade = math.exp(-seconds / WINDOW_S)
-        self.tokens *= fade
+        self.work *= fade
         self.busy_s = self.busy_s * fade + seconds
 
     @property
     def value(self) -> float:
-        return self.tokens / self.busy_s if self.busy_s > 0 else 0.0
+        return self.work / self.busy_s if self.busy_s > 0 else 0.0
 
 
 class Admission:
-    """A Gate. `draining` tells whether the server takes nothing any more; `now` are seconds of a monotonic clock."""
+    """A Gate. `draining` tells whether the server takes nothing any more; `now` are seconds of a monotonic clock.
+
+    `losses` tells how often the engine was lost: what waited while there was none says nothing of how fast it is.
+    """
 
     def __init__(
         self,
         config: AdmissionConfig,
         draining: Callable[[], bool] = lambda: False,
         now: Callable[[], float] = time.monotonic,
+        losses: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.config, self._draining, self._now = config, draining, now
+        self.config, self._draining, self._now, self._losses = config, draining, now, losses
         self.waiting_requests = self.waiting_tokens = 0
+        self._lost = losses()
         self._queue: dict[Place, None] = {}  # in the order of arrival
         self._waiting_of: dict[str, int] = {}  # of tenants for whom somebody waits
         self._seen: dict[str, float] = {}  # when each tenant came last; as many as there are keys
@@ -124,12 +132,12 @@ class Admission:
 
     @property
     def rate(self) -> float:
-        """Tokens of prompts that leave the queue a second; 0 before there was one."""
+        """Work that leaves the queue a second, as `_work` counts it; 0 before there was any."""
         self._count()
         return self._any.value
 
-    def wait_s(self, tokens: int = 0) -> float:
-        """How long it takes until what waits now, and so many tokens more, have left; 0 where nobody can tell."""
+    def wait_s(self, more: int = 0) -> float:
+        """How long it takes until what waits now, and so much work more, have left; 0 where nobody can tell."""
         waited_s = self._waited_s()
         if waited_s is None:
             return 0.0
@@ -137,12 +145,16 @@ class Admission:
         if waited_s < PROOF_S:
             known = self._behind.busy_s >= KNOWN_S and self._now() - self._behind_at < MEMORY_S
             rate = self._behind.value if known else 0.0
-            return (self.waiting_tokens + tokens) / rate if rate > 0 else 0.0
+            return (self._waiting + more) / rate if rate > 0 else 0.0
         rate = self._any.value
         if rate > 0:
-            return (self.waiting_tokens + tokens) / rate
+            return (self._waiting + more) / rate
         # Nothing has left yet. One alone may have a long prompt; of several the next will wait as long at least.
         return waited_s if len(self._queue) > 1 else 0.0
+
+    @property
+    def _waiting(self) -> int:
+        return _work(self.waiting_tokens, self.waiting_requests)
 
     def _waited_s(self) -> float | None:
         """How long the first in the queue has waited."""
@@ -157,7 +169,7 @@ class Admission:
 
     def enter(self, caller: Caller, tokens: int, requests: int, slo: Slo) -> Place:
         self._check(caller, tokens, requests)
-        wait_s = 0.0 if slo.deadline_s is None or caller.background else self.wait_s(tokens)
+        wait_s = 0.0 if slo.deadline_s is None or caller.background else self.wait_s(_work(tokens, requests))
         if slo.deadline_s is not None and wait_s > slo.deadline_s:
             raise Overloaded(
                 "deadline", f"it would wait for {wait_s:.1f} s, and its deadline is in {slo.deadline_s:g} s", wait_s
@@ -267,14 +279,17 @@ class Admission:
                 del self._waiting_of[place.tenant]
             self.waiting_tokens -= place.tokens
             if served:
-                self._any.tokens += place.tokens
+                work = _work(place.tokens, place.requests)
+                self._any.work += work
                 if behind:
-                    self._behind.tokens += place.tokens
+                    self._behind.work += work
 
     def _count(self) -> bool:
         """Accounts for the time since the last change of the queue; whether the server is behind."""
         now, waited_s = self._now(), self._waited_s()
         passed_s, self._counted_at = now - self._counted_at, now
+        if self._lost != self._losses():
+            self._lost, passed_s = self._losses(), 0.0
         behind = waited_s is not None and waited_s >= PROOF_S
         if waited_s is not None:
             self._any.passed(passed_s)
@@ -282,3 +297,7 @@ class Admission:
             self._behind.passed(passed_s)
             self._behind_at = now
         return behind
+
+
+def _work(tokens: int, requests: int) -> int:
+    return tokens + REQUEST_TOKENS * requests

@@ -36,6 +36,7 @@ from millstream.serve.families import OTHER
 from millstream.serve.files import Files
 from millstream.serve.http_watch import HttpWatch
 from millstream.serve.inside import ask
+from millstream.serve.metrics import lost_times
 from millstream.serve.observatory import Observatory
 from millstream.serve.openai import routes as openai
 from millstream.serve.openapi import describe
@@ -81,12 +82,13 @@ class App:
         self.salts = Salts()
         name = config.api.model_names[0] if config.api.model_names else shown_name(str(tree.get("model", "")))
         self.watched = Observatory.of(config.watch, name)
-        self.gate = Admission(config.admission, draining)
+        self.gate = Admission(config.admission, draining, losses=lambda: lost_times(client))
         self.service = Service(client, self.watched, self.gate, config.api)
         self.services, self.gates = [self.service], [self.gate]
         if embedding is not None:
             # A queue of its own: what waits for one engine says nothing of the other.
-            self.gates.append(Admission(config.admission, draining))
+            beside = embedding
+            self.gates.append(Admission(config.admission, draining, losses=lambda: lost_times(beside)))
             own = replace(config.api, model_names=())
             self.services.append(Service(embedding, self.watched, self.gates[-1], own))
             for one, other in (self.services, self.services[::-1]):

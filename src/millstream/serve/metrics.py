@@ -47,6 +47,11 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 NO_TENANT = "default"
 
 
+def lost_times(client: EngineClient) -> int:
+    """How often the engine's process was lost; one in this process never is."""
+    return int(getattr(client, "losses", 0))
+
+
 def token_bounds(most: int) -> tuple[int, ...]:
     """1, 2, 5, 10, 20, 50, ... up to `most` tokens."""
     bounds: list[int] = []
@@ -357,7 +362,7 @@ class Metrics:
         one in this process is never lost."""
         self.resumed.values[()] = float(getattr(client, "resumed", 0))
         self._engine_pid = getattr(client, "engine_pid", None)
-        return int(getattr(client, "losses", 0)) - int(self.restarts.total())
+        return lost_times(client) - int(self.restarts.total())
 
     def loaded(self, load: Load | None, ready: bool = True) -> None:
         """Takes how busy the engine is now; None when it does not answer."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from millstream.core.request import Slo
-from millstream.serve.admission import Admission, Place
+from millstream.serve.admission import REQUEST_TOKENS, Admission, Place
 from millstream.serve.caller import Caller, Overloaded
 from millstream.serve.config import AdmissionConfig
 
@@ -21,7 +21,8 @@ class Bench:
     def __init__(self, **config: Any) -> None:
         self.at = 100.0
         self.draining = False
-        self.gate = Admission(AdmissionConfig(**config), lambda: self.draining, lambda: self.at)
+        self.losses = 0
+        self.gate = Admission(AdmissionConfig(**config), lambda: self.draining, lambda: self.at, lambda: self.losses)
 
     def enter(self, tokens: int = 10, requests: int = 1, caller: Caller = ALICE, slo: Slo = NONE) -> Place:
         self.gate.look(caller)
@@ -80,7 +81,7 @@ def test_a_seat_is_given_back_once() -> None:
 def test_the_wait_is_what_waits_by_the_rate_at_which_it_leaves() -> None:
     bench = Bench(max_wait_s=5.0)
     bench.serve([bench.enter(tokens=100) for _ in range(50)], tokens_per_s=1000)
-    assert 900 < bench.gate.rate < 1100
+    assert 900 < bench.gate.rate * 100 / (100 + REQUEST_TOKENS) < 1100
     assert bench.gate.wait_s() == 0, "nobody waits"
     waiting = [bench.enter(tokens=100) for _ in range(45)]
     assert 3 < bench.gate.wait_s() < 6, "it was behind before, and remembers how fast it is then"
@@ -108,6 +109,28 @@ def test_a_burst_that_the_engine_takes_at_once_is_not_turned_away() -> None:
     for place in places:
         place.first_token()
     assert bench.gate.waiting_requests == 0
+
+
+def test_short_prompts_behind_long_work_do_not_make_longer_ones_look_slow() -> None:
+    bench = Bench(max_wait_s=30.0)
+    for _ in range(4):
+        place = bench.enter(tokens=1)
+        bench.at += 0.6
+        place.first_token()
+    for _ in range(8):
+        bench.enter(tokens=22)
+    assert 3 < bench.gate.wait_s() < 10, "at 1 token in 0.6 s it would be 106 s"
+
+
+def test_what_waited_for_a_lost_engine_says_nothing_of_how_fast_it_is() -> None:
+    bench = Bench(max_wait_s=5.0)
+    places = [bench.enter() for _ in range(4)]
+    bench.at, bench.losses = bench.at + 60.0, 1
+    for place in places:
+        place.first_token()
+    assert bench.gate.rate == 0
+    for _ in range(40):
+        bench.enter()
 
 
 def test_what_was_known_of_the_rate_is_forgotten() -> None:
