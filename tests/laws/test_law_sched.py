@@ -224,6 +224,22 @@ def composition(name):
     return (name,) if keeps_blocks else (name, BLOCKS)
 
 
+@pytest.mark.parametrize("name", METERS)
+def test_who_is_closed_gives_newcomers_nothing(name):
+    meter, ledger, _, waiting = meter_setup(name, 400)
+    meter.begin(view_of([], waiting))
+    was = False
+    for seq in waiting:
+        closed = meter.closed()
+        assert closed >= was, "it has opened again"
+        was, n = closed, meter.fit(seq, seq.left)
+        assert not (closed and n), "it is closed, and gives something"
+        if n:
+            meter.take(seq, n)
+            ledger.grow(seq, n, 0.0)
+            seq.in_flight += n
+
+
 @pytest.mark.parametrize("plans", [1, 2])
 @pytest.mark.parametrize("name", METERS)
 def test_a_run_under_a_meter_gives_everybody_their_own_tokens(name, plans):

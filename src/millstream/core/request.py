@@ -319,6 +319,8 @@ class Request:
 
     @property
     def prompt_ids(self) -> list[int]:
+        if len(self.prompt) == 1 and isinstance(self.prompt[0], Tokens):
+            return list(self.prompt[0].ids)
         return [token for segment in self.prompt if isinstance(segment, Tokens) for token in segment.ids]
 
     def check(self, limits: Limits) -> None:
@@ -346,9 +348,12 @@ class Request:
             )
         if self.prior:
             self._check_prior(limits)
-        for token in self.prompt_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
-                raise BadRequest("prompt", token, f"token ids from 0 to {limits.vocab_size - 1}")
+        ids = self.prompt_ids
+        # Usually all are well, which is found out faster than which one is not.
+        if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < limits.vocab_size):
+            for token in ids:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
+                    raise BadRequest("prompt", token, f"token ids from 0 to {limits.vocab_size - 1}")
         for name, tokens in (
             ("logit_bias", self.params.logit_bias),
             ("stop_token_ids", self.params.stop_token_ids),

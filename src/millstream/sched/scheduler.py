@@ -7,7 +7,8 @@ tokens computed, and each step lets the second catch up with the first, as far a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from millstream.core.events import Admitted, Event, Preempted
@@ -60,11 +61,11 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return sum(seq.state is not State.RUNNING for seq in self.live.values())
+        return len(self.live) - self.num_running
 
     @property
     def num_running(self) -> int:
-        return sum(seq.state is State.RUNNING for seq in self.live.values())
+        return len([1 for seq in self.live.values() if seq.state is State.RUNNING])
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can be launched now.
@@ -101,8 +102,12 @@ class Scheduler:
         out: set[int] = set()  # gave up their place in this very plan
         held = False
         for place, seq in enumerate(order):
-            if seq.gates or seq.id in out or seq.left <= 0 or (held and seq.state is not State.RUNNING):
+            if seq.gates or seq.id in out or seq.left <= 0:
                 continue
+            if seq.state is not State.RUNNING:
+                held = held or any(meter.closed() for meter in self.meters)
+                if held:
+                    continue
             try:
                 extend, holds = self._offer(seq, order, place, out, view, now)
             except Exception as error:
@@ -115,14 +120,16 @@ class Scheduler:
 
     def _order(self, view: LoadView) -> list[Sequence]:
         """Everybody that no fault has ended, the first in rank first."""
-        ranks: dict[int, tuple[float, ...]] = {}
-        for seq in self.live.values():
-            if seq.id not in self._faults and seq.id not in self._aside:
+        ranked: list[tuple[tuple[float, ...], Sequence]] = []
+        faults, aside, rank = self._faults, self._aside, self.policy.rank
+        for seq_id, seq in self.live.items():
+            if seq_id not in faults and seq_id not in aside:
                 try:
-                    ranks[seq.id] = self.policy.rank(seq.view, view)
+                    ranked.append((rank(seq.view, view), seq))
                 except Exception as error:
-                    self._faults[seq.id] = (seq, error)
-        return [self.live[seq_id] for seq_id in sorted(ranks, key=ranks.__getitem__)]
+                    faults[seq_id] = (seq, error)
+        ranked.sort(key=_rank)
+        return [seq for _, seq in ranked]
 
     def _offer(
         self, seq: Sequence, order: list[Sequence], place: int, out: set[int], view: LoadView, now: float
@@ -183,7 +190,9 @@ class Scheduler:
         return max(holders, key=lambda seq: self.policy.rank(seq.view, view), default=None)
 
     def _view(self, now: float) -> LoadView:
-        live = [seq for seq in self.live.values() if seq.id not in self._aside]
+        live: Iterable[Sequence] = self.live.values()
+        if self._aside:
+            live = [seq for seq in live if seq.id not in self._aside]
         waiting = [seq.view for seq in live if seq.state is not State.RUNNING]
         running = [seq.view for seq in live if seq.state is State.RUNNING]
         view = LoadView(now, self.ledger.free(), self.ledger.total(), waiting, running)
@@ -232,7 +241,9 @@ class Scheduler:
         seq.computed = 0
 
     def _swap(self, seq: Sequence, now: float) -> bool:
-        if self.preemption == "swap" and seq.computed + seq.in_flight > 0 and self.ledger.swap_out(seq, now):
+        # Background work is computed again: swapped out it would hold blocks of the host that others may come to need.
+        wanted = self.preemption == "swap" and not seq.request.background and seq.computed + seq.in_flight > 0
+        if wanted and self.ledger.swap_out(seq, now):
             seq.state = State.SWAPPED
             return True
         return False
@@ -299,3 +310,7 @@ def _score_ask(seq: Sequence, start: int, stop: int) -> ScoreAsk | None:
         return None
     targets = seq.tokens[start + 1 : min(stop + 1, seq.num_prompt)]
     return ScoreAsk(tuple(targets), top)
+
+
+# Ranks end by the sequence's id, so that no two are equal.
+_rank: Callable[[tuple[tuple[float, ...], Sequence]], tuple[float, ...]] = operator.itemgetter(0)

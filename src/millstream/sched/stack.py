@@ -20,6 +20,8 @@ class PolicyStack:
         self._failed: list[Policy] = []
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        if len(self.policies) == 1:
+            return (*self.policies[0].rank(seq, view), seq.id)
         ranks: tuple[float, ...] = ()
         for policy in self.policies:
             ranks += policy.rank(seq, view)

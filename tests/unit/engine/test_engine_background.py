@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from harness import Bench
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from millstream.core.client import Chunk
@@ -46,16 +46,19 @@ PLAN = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(1,
 
 
 @settings(max_examples=60, deadline=None)
-@given(PLAN, st.integers(1, 6), st.sampled_from([1, 2]), st.integers(1, 4))
-def test_foreground_times_are_those_without_background(plan, background, plans, rows):
+@given(PLAN, st.integers(1, 6), st.sampled_from([1, 2]), st.sampled_from(["recompute", "swap"]), st.integers(1, 4))
+@example([(1, 38, 12), (1, 4, 11)], 1, 1, "swap", 2)
+def test_foreground_times_are_those_without_background(plan, background, plans, preemption, rows):
     """Every seat and block is taken by background when they arrive; a step that is in flight is all that they wait.
 
-    With preemption by swap this does not hold yet: what is swapped out keeps blocks of the host that others then lack.
+    With steps in flight they come together: those that are late by a step may be preempted at other moments than else.
     """
+    if plans > 1:
+        plan = [(plan[0][0], length, output) for _, length, output in plan]
     meters = (Choice("splitfuse", {"budget": 8}), Choice("seats", {"max_rows": rows}), "kv-blocks")
 
     def bench() -> Bench:
-        return Bench(meters=meters, prefix="none", plans=plans, preemption="recompute", num_blocks=16, host_blocks=0)
+        return Bench(meters=meters, prefix="none", plans=plans, preemption=preemption, num_blocks=16, host_blocks=4)
 
     alone, beside = run(bench(), plan, 0), run(bench(), plan, background)
     late = [b - a for one, other in zip(alone, beside, strict=True) for a, b in zip(one, other, strict=True)]

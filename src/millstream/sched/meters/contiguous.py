@@ -47,6 +47,9 @@ class Contiguous:
             return self.ledger.room(seq, n)
         return n if self.ledger.has_run(self._length(seq)) else 0
 
+    def closed(self) -> bool:
+        return False
+
     def take(self, seq: Sequence, n: int) -> None:
         if not self.ledger.holds(seq) and not self.ledger.reserve(seq, self._length(seq), 0.0, contiguous=True):
             raise AssertionError(f"sequence {seq.id} was let in, but there is no run for it")

@@ -44,6 +44,9 @@ class KvBlocks:
                 return 0
         return n
 
+    def closed(self) -> bool:
+        return False
+
     def take(self, seq: Sequence, n: int) -> None:
         self._running.add(seq.id)
 

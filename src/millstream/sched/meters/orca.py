@@ -37,6 +37,9 @@ class Orca:
         over = self._prompt_tokens and self._prompt_tokens + n > self.config.max_tokens
         return 0 if over or n < seq.left else n
 
+    def closed(self) -> bool:
+        return False
+
     def take(self, seq: Sequence, n: int) -> None:
         if seq.left > 1:
             self._prompt_tokens += n

@@ -39,6 +39,9 @@ class Seats:
         newcomer = seq.id not in self._seated
         return 0 if self._rows >= self._limit or (newcomer and len(self._seated) >= self._limit) else n
 
+    def closed(self) -> bool:
+        return max(self._rows, len(self._seated)) >= self._limit
+
     def take(self, seq: Sequence, n: int) -> None:
         self._rows += 1
         self._seated.add(seq.id)

@@ -44,6 +44,9 @@ class SplitFuse:
             return min(n, self._left)
         return max(0, min(n, self._left - len(self._decodes)))
 
+    def closed(self) -> bool:
+        return self._left <= len(self._decodes)
+
     def take(self, seq: Sequence, n: int) -> None:
         self._left -= n
         self._decodes.discard(seq.id)
