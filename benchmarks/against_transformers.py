@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 
 from millstream import LLM, SamplingParams
-from millstream.bench import data
+from millstream.sim import data
 
 CROWD = 32
 ONE_BY_ONE = 3

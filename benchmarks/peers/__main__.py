@@ -15,10 +15,10 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from millstream.bench import data
 from millstream.cli.output import note, print_table
 from millstream.models.opened import open_model
 from millstream.reproduce import machine
+from millstream.sim import data
 from peers import report
 from peers.install import NotInstalled
 from peers.launch import ENGINES, Bench, Launch, prepare

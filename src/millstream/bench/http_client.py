@@ -91,6 +91,7 @@ class HttpClient:
         self._idle: list[_Connection] = []
         self._open: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def post(self, path: str, body: bytes, exchange: Exchange, label: str = "") -> None:
         """Sends a JSON body now; `label` goes along as X-Request-Id. Returns at once."""
@@ -121,6 +122,8 @@ class HttpClient:
             self._idle.append(await self._opened())
 
     async def close(self) -> None:
+        """Ends what is under way with an error, and takes nothing more."""
+        self._closed = True
         for task in list(self._tasks):
             task.cancel()
         for connection in list(self._open):
@@ -129,6 +132,9 @@ class HttpClient:
             await asyncio.sleep(0.001)
 
     def _send(self, request: bytes, exchange: Exchange) -> None:
+        if self._closed:
+            exchange.end("the client was closed", time.perf_counter())
+            return
         while self._idle:
             connection = self._idle.pop()
             if not connection.transport.is_closing():

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from millstream.bench.metrics import LoadReport, RequestTiming, StepTiming, summarize
 from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest
 from millstream.core.events import Event, Stepped
 from millstream.core.request import SamplingParams
+from millstream.sim.metrics import LoadReport, RequestTiming, StepTiming, summarize
 
 if TYPE_CHECKING:
     from millstream.engine.engine import Engine

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millstream.bench.load import Ask, random_prompts, run_load, text_prompts
-from millstream.bench.metrics import LoadReport
 from millstream.core.errors import BadRequest, MillstreamError
 from millstream.core.request import SamplingParams
+from millstream.sim.metrics import LoadReport
 
 if TYPE_CHECKING:
     from millstream.engine.llm import LLM

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from millstream.bench import data, traces
 from millstream.core.errors import BadFile, BadRequest, UnknownName
+from millstream.sim import data, traces
 
 # Frequent and short, so that with a space before it each is one token of nearly every vocabulary.
 _TEXT = (

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import json
 import math
 import statistics
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,23 +27,11 @@ import msgspec
 
 from millstream.bench.backends import Backend, Options
 from millstream.bench.http_client import HttpClient, SseSplitter
-from millstream.bench.metrics import RequestTiming, percentile
 from millstream.bench.samples import Sample
 from millstream.core.errors import BadRequest, MillstreamError
+from millstream.sim.metrics import METRICS, RequestTiming, peak_open, peak_rate, percentile, statistics_of
 
 GOODPUT_NAMES = ("ttft", "tpot", "e2el")
-
-# name -> (short name, title) of what has percentiles.
-METRICS = {
-    "ttft": ("TTFT", "Time to First Token"),
-    "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
-    "itl": ("ITL", "Inter-token Latency"),
-    "e2el": ("E2EL", "End-to-end Latency"),
-    "client_queue_time": ("Client Queue Time", "Client-side Queueing"),
-    "e2el_including_client_queue": ("E2EL incl. Client Queue", "Queue-inclusive End-to-end Latency"),
-}
-
-_LATE_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +305,8 @@ class Outcome:
             "slo_attainment": self._goodput(timings) / len(self.calls) if self.load.goodput else None,
             "output_throughput": output / duration if duration else 0.0,
             "total_token_throughput": (prompt + output) / duration if duration else 0.0,
-            "max_output_tokens_per_s": _peak_rate(timings),
-            "max_concurrent_requests": _peak_open([(call.sent_at, call.ended) for call in good]),
+            "max_output_tokens_per_s": peak_rate(timings),
+            "max_concurrent_requests": peak_open([(call.sent_at, call.ended) for call in good]),
             "errors_by_kind": dict(errors.most_common()),
             "mean_retry_after_s": _mean([call.retry_after_s for call in shed if call.retry_after_s is not None]),
         }
@@ -339,7 +326,7 @@ class Outcome:
         for name in metrics:
             if name not in METRICS:
                 raise BadRequest("percentile_metrics", name, ", ".join(METRICS))
-            found |= _statistics(name, values[name], percentiles)
+            found |= statistics_of(name, values[name], percentiles)
         if self.probes:
             found |= self._probe_result()
         if detailed:
@@ -376,71 +363,6 @@ class Outcome:
         }
 
 
-def lines(
-    found: dict[str, Any],
-    metrics: Sequence[str],
-    percentiles: Sequence[float],
-    max_concurrency: int | None,
-    rate: float,
-    embeddings: bool = False,
-) -> list[str]:
-    """The result as a table of 50 columns, in the words of `vllm bench serve`."""
-    out = ["{s:{c}^{n}}".format(s=" Serving Benchmark Result ", n=50, c="=")]
-
-    def row(name: str, value: Any, digits: int | None = None) -> None:
-        value = math.nan if value is None else value
-        out.append(f"{name:<40} {value:<10}" if digits is None else f"{name:<40} {value:<10.{digits}f}")
-
-    row("Successful requests:", found["completed"])
-    row("Failed requests:", found["failed"])
-    if found["shed"]:
-        row("Shed requests (429):", found["shed"])
-        if found["mean_retry_after_s"] is not None:
-            row("Mean Retry-After (s):", found["mean_retry_after_s"], 2)
-    if max_concurrency is not None:
-        row("Maximum request concurrency:", max_concurrency)
-    if not math.isinf(rate):
-        row("Request rate configured (RPS):", rate, 2)
-    row("Benchmark duration (s):", found["duration"], 2)
-    row("Total input tokens:", found["total_input_tokens"])
-    if found["total_cached_tokens"]:
-        row("Total cached input tokens:", found["total_cached_tokens"])
-    if not embeddings:
-        row("Total generated tokens:", found["total_output_tokens"])
-    row("Request throughput (req/s):", found["request_throughput"], 2)
-    if found["request_goodput"] is not None:
-        row("Request goodput (req/s):", found["request_goodput"], 2)
-        row("SLO attainment (%):", found["slo_attainment"] * 100, 2)
-    if not embeddings:
-        row("Output token throughput (tok/s):", found["output_throughput"], 2)
-        row("Peak output token throughput (tok/s):", found["max_output_tokens_per_s"], 2)
-    row("Peak concurrent requests:", found["max_concurrent_requests"], 2)
-    row("Total token throughput (tok/s):", found["total_token_throughput"], 2)
-    if (found.get("client_lag_p99_ms") or 0) > _LATE_S * 1000:
-        row("Client lag, P99 (ms):", found["client_lag_p99_ms"], 2)
-    if "probe_completed" in found:
-        out.append("{s:{c}^{n}}".format(s="Probe Requests", n=50, c="-"))
-        row("Probe requests completed:", found["probe_completed"])
-        row("Probe requests failed:", found["probe_failed"])
-        row("Median probe E2EL (ms):", found["probe_median_e2el_ms"], 2)
-        row("P99 probe E2EL (ms):", found["probe_p99_e2el_ms"], 2)
-        row("Max probe E2EL (ms):", found["probe_max_e2el_ms"], 2)
-    for name in metrics:
-        short, title = METRICS[name]
-        out.append("{s:{c}^{n}}".format(s=title, n=50, c="-"))
-        row(f"Mean {short} (ms):", found[f"mean_{name}_ms"], 2)
-        row(f"Median {short} (ms):", found[f"median_{name}_ms"], 2)
-        for q in percentiles:
-            row(f"P{_q(q)} {short} (ms):", found[f"p{_q(q)}_{name}_ms"], 2)
-    out.append("=" * 50)
-    if found["errors_by_kind"]:
-        out += [
-            "failed requests, by what was said:",
-            *(f"  {n} x {kind}" for kind, n in found["errors_by_kind"].items()),
-        ]
-    return out
-
-
 def scaled(samples: Sequence[Sample], rate_scale: float) -> list[float]:
     """The samples' own times, `rate_scale` times as fast. Raises BadRequest where the data set has none."""
     if not 0 < rate_scale < math.inf:
@@ -469,42 +391,8 @@ async def models(client: HttpClient) -> list[tuple[str, int | None]]:
         raise MillstreamError(f"GET /v1/models gave no list of models: {error}") from error
 
 
-def _statistics(name: str, values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values) or [0.0]
-    found = {
-        f"mean_{name}_ms": statistics.fmean(ordered) * 1000,
-        f"median_{name}_ms": percentile(ordered, 50) * 1000,
-        f"std_{name}_ms": statistics.pstdev(ordered) * 1000,
-    }
-    return found | {f"p{_q(q)}_{name}_ms": percentile(ordered, q) * 1000 for q in percentiles}
-
-
-def _q(q: float) -> str:
-    return str(int(q)) if q == int(q) else str(q)
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def _peak_rate(timings: Sequence[RequestTiming]) -> float:
-    """Most output tokens in any whole second from the first token on; a chunk of several counts as their share."""
-    seconds: defaultdict[int, float] = defaultdict(float)
-    stamps = [at for one in timings for at in one.token_times_s]
-    if not stamps:
-        return 0.0
-    first = min(stamps)
-    for one in timings:
-        if one.token_times_s:
-            share = one.num_output / len(one.token_times_s)
-            for at in one.token_times_s:
-                seconds[int(at - first)] += share
-    return max(seconds.values())
-
-
-def _peak_open(spans: Sequence[tuple[float, float]]) -> int:
-    edges = sorted(itertools.chain(((begin, 1) for begin, _ in spans), ((end, -1) for _, end in spans)))
-    return max(itertools.accumulate(change for _, change in edges), default=0)
 
 
 def _kind(call: Call) -> str:

@@ -1,6 +1,6 @@
 """`millstream bench`: throughput, latency, start-up, the knee of step sizes, and the ops of a model one by one.
 
-What each number means is written at the top of bench/metrics.py, bench/offline.py, engine/knee.py and bench/ops.py.
+What each number means is written at the top of sim/metrics.py, bench/offline.py, engine/knee.py and bench/ops.py.
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ def _startup(args: argparse.Namespace) -> int:
     import statistics
     from dataclasses import asdict
 
-    from millstream.bench.metrics import Distribution
     from millstream.bench.offline import start_up
     from millstream.cli.output import download_progress
     from millstream.models import store
+    from millstream.sim.metrics import Distribution
 
     with download_progress(args.model) as progress:
         path = store.resolve(args.model, progress=progress, notice=note)

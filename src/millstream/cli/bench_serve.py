@@ -17,13 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from millstream.cli.output import emit, json_only, note
+from millstream.cli.output import emit, json_only, note, progress_bar
 
 if TYPE_CHECKING:
-    from millstream.bench.arrivals import RampUp
     from millstream.bench.http_client import HttpClient
     from millstream.bench.samples import Encodes, Plan, Sample
     from millstream.bench.serve import Outcome
+    from millstream.sim.arrivals import RampUp
 
 _SAMPLING = (
     ("--temperature", float),
@@ -153,6 +153,7 @@ async def _bench(args: argparse.Namespace) -> dict[str, Any]:
     from millstream.bench import serve
     from millstream.bench.backends import BACKENDS, Options
     from millstream.bench.http_client import HttpClient
+    from millstream.sim.metrics import lines
 
     backend = BACKENDS[args.backend]
     endpoint = args.endpoint or backend.endpoint
@@ -172,7 +173,7 @@ async def _bench(args: argparse.Namespace) -> dict[str, Any]:
         options = Options(
             args.served_model_name or name, backend.streams and not args.no_stream, fixed, args.logprobs, extra
         )
-        with _progress(len(samples), args.disable_tqdm) as advance:
+        with progress_bar(len(samples), off=args.disable_tqdm) as advance:
             run = serve.Run(client, backend, endpoint, options, advance)
             if args.ready_check_timeout_sec > 0:
                 await run.wait_ready(samples[0], args.ready_check_timeout_sec, note)
@@ -184,7 +185,7 @@ async def _bench(args: argparse.Namespace) -> dict[str, Any]:
         await client.close()
     result = outcome.result(metrics, percentiles, args.save_detailed)
     rate = args.request_rate if ramp is None and not _self_timed(args) else math.inf
-    print("\n".join(serve.lines(result, metrics, percentiles, args.max_concurrency, rate, not backend.streams)))
+    print("\n".join(lines(result, metrics, percentiles, args.max_concurrency, rate, not backend.streams)))
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     about = {
         "date": now,
@@ -222,7 +223,7 @@ def _samples(
 ) -> tuple[list[Sample], list[float]]:
     from millstream.bench import samples as data
     from millstream.bench import serve
-    from millstream.bench.arrivals import arrival_times
+    from millstream.sim.arrivals import arrival_times
 
     limit = context - _MARGIN if context is not None and context > 2 * _MARGIN else None
     found, cut = data.make(_plan(args, limit), _tokenizer(args, model))
@@ -275,7 +276,7 @@ def _tokenizer(args: argparse.Namespace, model: str) -> Encodes | None:
 
 
 def _self_timed(args: argparse.Namespace) -> bool:
-    from millstream.bench.traces import TRACES
+    from millstream.sim.traces import TRACES
 
     if args.self_timed is not None:
         return bool(args.self_timed)
@@ -283,8 +284,8 @@ def _self_timed(args: argparse.Namespace) -> bool:
 
 
 def _ramp_up(args: argparse.Namespace) -> RampUp | None:
-    from millstream.bench.arrivals import RampUp
     from millstream.core.errors import ConfigError
+    from millstream.sim.arrivals import RampUp
 
     if args.ramp_up_strategy is None:
         return None
@@ -434,23 +435,6 @@ def _plot(outcome: Outcome, path: Path, model: str) -> None:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     note(f"plot: {path}")
-
-
-@contextlib.contextmanager
-def _progress(total: int, off: bool) -> Iterator[Callable[[], None] | None]:
-    import sys
-
-    if off or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    # Drawn seldom: the same core sends the requests.
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _runner() -> Callable[[Any], Any]:

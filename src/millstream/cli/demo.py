@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from millstream.bench.load import Ask, LoadRun
-    from millstream.bench.metrics import LoadReport
     from millstream.core.events import Event
     from millstream.engine.llm import LLM
+    from millstream.sim.metrics import LoadReport
 
 DEFAULT_MODEL = "smollm2-135m"
 WIDTH = 112

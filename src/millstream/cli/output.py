@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -159,3 +159,26 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, what: str = "", off: bool = False) -> Iterator[Callable[[], None] | None]:
+    """A bar on the standard error, where that is a terminal; the callable says that one more is done."""
+    if off or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # Drawn seldom: the same core does the work.
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=bool(what)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)

@@ -103,7 +103,7 @@ def _text(path: Path | None) -> str:
     from millstream.core.errors import BadFile
 
     if path is None:
-        from millstream.bench import data
+        from millstream.sim import data
 
         return data.text("wikitext2-train")
     try:

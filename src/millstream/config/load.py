@@ -139,6 +139,8 @@ def tree_of(config: Any) -> Any:
         return {f.name: tree_of(getattr(config, f.name)) for f in dataclasses.fields(config)}
     if isinstance(config, tuple):
         return [tree_of(item) for item in config]
+    if isinstance(config, Mapping):
+        return {name: tree_of(value) for name, value in config.items()}
     return config
 
 
@@ -173,11 +175,17 @@ def _value(hint: Any, value: Any, path: str) -> Any:
                 return Choice(value)
             if isinstance(value, Mapping) and isinstance(value.get("name"), str):
                 return Choice(value["name"], {k: v for k, v in value.items() if k != "name"})
+        elif typing.get_origin(option) is Mapping:
+            if isinstance(value, Mapping):
+                inside = typing.get_args(option)[1]
+                return {str(name): _value(inside, item, f"{path}.{name}") for name, item in value.items()}
         elif typing.get_origin(option) is tuple:
             if isinstance(value, list | tuple):
                 return tuple(_value(typing.get_args(option)[0], item, path) for item in value)
-            if value != "auto" and not isinstance(value, int | float | bool | None):
-                return (_value(typing.get_args(option)[0], value, path),)
+            inner = typing.get_args(option)[0]
+            number = isinstance(value, int | float | bool | None)
+            if value != "auto" and (not number or (inner in (int, float) and not isinstance(value, bool | None))):
+                return (_value(inner, value, path),)
         elif typing.get_origin(option) is typing.Literal:
             if value in typing.get_args(option):
                 return value
@@ -197,10 +205,11 @@ def _spell(options: Sequence[Any]) -> str:
         if typing.get_origin(option) is typing.Literal:
             names += [repr(value) for value in typing.get_args(option)]
         elif typing.get_origin(option) is tuple:
-            names.append("a list of plug-in names")
+            inner = typing.get_args(option)[0]
+            names.append("a list of plug-in names" if inner is Choice else f"a list, each {_spell([inner])}")
         elif option is Choice:
             names.append("a plug-in name, or a table with its name and options")
-        elif dataclasses.is_dataclass(option):
+        elif dataclasses.is_dataclass(option) or typing.get_origin(option) is Mapping:
             names.append("a table")
         else:
             names.append(

@@ -32,3 +32,9 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError(f"a clock cannot go back: {seconds}")
         self._now += seconds
+
+    def to(self, when: float) -> None:
+        """Moves to a moment, which may be now but not before."""
+        if when < self._now:
+            raise ValueError(f"a clock cannot go back: from {self._now} to {when}")
+        self._now = when

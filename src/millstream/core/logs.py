@@ -11,6 +11,9 @@ from typing import Any, TextIO
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 
+# Made once: `json.dumps` with an argument makes one for every value.
+_encode = json.JSONEncoder(default=str).encode
+
 
 class JsonLines(logging.Formatter):
     """One JSON object a line: time, level, logger and message, and the fields of a completion line."""
@@ -29,7 +32,7 @@ class JsonLines(logging.Formatter):
             line.update(fields)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=True, default=str)
+        return _encode(line)
 
 
 class TextLines(logging.Formatter):
@@ -42,11 +45,14 @@ class TextLines(logging.Formatter):
         text = super().formatMessage(record)
         fields = getattr(record, "fields", None) or {}
         # JSON's way of writing text: a client's label cannot begin a new line.
-        return " ".join([text, *(f"{name}={json.dumps(value, default=str)}" for name, value in fields.items())])
+        return " ".join([text, *(f"{name}={_encode(value)}" for name, value in fields.items())])
 
 
 def set_up_logs(form: str = "text", level: str = "info", stream: TextIO | None = None) -> None:
     """From now on everything that is logged goes to `stream` (the standard error), in that form."""
+    # Nothing of what these tell is written, and finding it out for each line is a third of what a line costs.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -27,6 +27,7 @@ from millstream.core.errors import ConfigError, UnknownName, nearest
 POINTS: Mapping[str, str] = {
     "policy": "millstream.sched.policies",
     "meter": "millstream.sched.meters",
+    "step-cost": "millstream.sched.predictors",
     "prefix": "millstream.memory.prefix",
     "evict": "millstream.memory.evict",
     "tier": "millstream.memory.tiers",

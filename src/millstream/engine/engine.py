@@ -219,6 +219,13 @@ class Engine:
 
         Raises what the runner raises, and EngineClosed when the engine finds that it computes nothing any more.
         """
+        if not self.launch():
+            return False
+        self.collect()
+        return True
+
+    def launch(self) -> bool:
+        """The first half of a step: launches as many plans as the runner takes. Whether any is in flight now."""
         self._expire(self.clock.now())
         if self._unready:
             self._open_gates()
@@ -238,15 +245,16 @@ class Engine:
                     self._fault(seq, _told(error))
             if plan is None and not faults:
                 break
-        if not self._flights:
-            return False
+        return bool(self._flights)
+
+    def collect(self) -> None:
+        """The other half: waits for the oldest plan in flight, and settles it. Raises what `step` raises."""
         flight = self._flights.popleft()
         self._settle(flight, self.runner.collect(flight.ticket))
         if self._doubt:
             self._test_self()
         if self._broken is not None:
             raise EngineClosed(self._broken)
-        return True
 
     def fail(self, error: BaseException) -> None:
         """Ends every request with an error: the runner is gone."""
@@ -294,6 +302,7 @@ class Engine:
                     raise
                 self._fault(seq, _told(error))
         plan = flight.plan
+        running = self.scheduler.num_running
         self._tell(
             Stepped(
                 now,
@@ -302,8 +311,8 @@ class Engine:
                 len(plan.extends),
                 plan.num_tokens,
                 prompt_tokens,
-                self.scheduler.num_waiting,
-                self.scheduler.num_running,
+                len(self.scheduler.live) - running,
+                running,
                 self.scheduler.ledger.free(),
                 flight.planning_s,
             )

@@ -7,12 +7,14 @@ a victim is only taken for somebody who ranks before it. Policies only prefer; m
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from millstream.core.events import Event
 from millstream.core.sequence import Sequence, SeqView
+from millstream.core.shape import StepShape
 
 
 class Verdict(enum.Enum):
@@ -89,6 +91,37 @@ class Meter(Protocol):
         """At most how many of `n` tokens it may get, 0 for none. Changes nothing: it may be asked again."""
         ...
 
+    def closed(self) -> bool:
+        """Whether nobody that does not run yet can get a token any more in this step, so that none is asked about.
+
+        Once true it stays so until the next `begin`.
+        """
+        ...
+
     def take(self, seq: Sequence, n: int) -> None:
         """It gets `n` tokens in this step. Called before slots are allocated, so that blocks can be claimed ahead."""
+        ...
+
+
+class StepCost(Protocol):
+    """How long a step takes, told by its shape: one model for schedulers, planners, routers and the simulator."""
+
+    def fit(self, samples: Seq[tuple[StepShape, float]]) -> None:
+        """Learns from measured steps: shapes and seconds. Raises BadRequest where they do not determine it."""
+        ...
+
+    def seconds(self, shape: StepShape) -> float:
+        """Never negative, and cheap: some microseconds. Raises MillstreamError before it was fitted."""
+        ...
+
+    def residual(self) -> float:
+        """Mean absolute error over the samples that it was fitted to, as a share of what was measured."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """What it has learned, as JSON can hold it; `restore` takes it back."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Raises BadFile's cause, ValueError, for what `state` never gave."""
         ...

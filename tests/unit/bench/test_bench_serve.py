@@ -12,12 +12,13 @@ import time
 import pytest
 from canned_server import Answer, as_json, completion, event, serving
 
-from millstream.bench import data, samples, serve, traces
-from millstream.bench.arrivals import RampUp, arrival_times
+from millstream.bench import samples, serve
 from millstream.bench.backends import BACKENDS, Options
 from millstream.bench.http_client import HttpClient, SseSplitter
 from millstream.cli.main import main
 from millstream.core.errors import BadFile, BadRequest, DownloadError, UnknownName
+from millstream.sim import data, traces
+from millstream.sim.arrivals import RampUp, arrival_times
 
 
 def bench(capsys, port: int, *words: str) -> dict:
@@ -282,6 +283,27 @@ def test_a_kept_connection_that_the_server_closed_loses_no_request():
     with serving(lambda seen: Answer(completion(1).pieces, headers=head, cut=True)) as server:
         out = load(server.port, some(30), [i * 0.01 for i in range(30)])
     assert [call.error for call in out.calls] == [None] * 30
+
+
+def test_closing_ends_what_waits_on_a_connection_that_was_used_before():
+    """It looks like one that the server closed while idle, which would be sent again, without end."""
+
+    def answer(seen):
+        return Answer([b"{}"], wait_s=0.0 if seen.path == "/first" else 30.0)
+
+    async def go(port):
+        client = HttpClient(f"http://127.0.0.1:{port}")
+        await client.connect(1)
+        assert (await client.fetch("/first", b"{}")).error is None
+        waiting = asyncio.create_task(client.fetch("/x", b"{}"))
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(2.0):
+            await client.close()
+            ended = await waiting
+        return ended.error, (await client.fetch("/x", b"{}")).error
+
+    with serving(answer) as server:
+        assert asyncio.run(go(server.port)) == ("the client was closed", "the client was closed")
 
 
 BODIES = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from millstream.bench import data
 from millstream.core.errors import BadFile, DownloadError, UnknownName
+from millstream.sim import data
 
 CSV = "num_prefill_tokens,num_decode_tokens\n1,2\n3,4\n5,6\n"
 

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from millstream.bench.load import poisson_arrivals, random_prompts, text_prompts
-from millstream.bench.metrics import Distribution, RequestTiming, StepTiming, percentile, step_seconds, summarize
 from millstream.core.errors import BadRequest
 from millstream.engine.knee import SHARE, Point, find_knee
+from millstream.sim.metrics import Distribution, RequestTiming, StepTiming, percentile, step_seconds, summarize
 
 
 def timing(arrival: float, *times: float, prompt: int = 10, **more: object) -> RequestTiming:

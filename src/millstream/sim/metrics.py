@@ -23,8 +23,22 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+# Name -> (short name, title) of what has percentiles.
+METRICS = {
+    "ttft": ("TTFT", "Time to First Token"),
+    "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
+    "itl": ("ITL", "Inter-token Latency"),
+    "e2el": ("E2EL", "End-to-end Latency"),
+    "client_queue_time": ("Client Queue Time", "Client-side Queueing"),
+    "e2el_including_client_queue": ("E2EL incl. Client Queue", "Queue-inclusive End-to-end Latency"),
+}
+# A client that sends later than this does not measure what it says.
+_LATE_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +198,105 @@ def summarize(timings: Sequence[RequestTiming], steps: Sequence[StepTiming] = ()
 
 def _rate(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 else math.nan
+
+
+def statistics_of(name: str, values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
+    """Of values in seconds: mean, median, deviation and percentiles in milliseconds, by vLLM's names."""
+    ordered = sorted(values) or [0.0]
+    found = {
+        f"mean_{name}_ms": statistics.fmean(ordered) * 1000,
+        f"median_{name}_ms": percentile(ordered, 50) * 1000,
+        f"std_{name}_ms": statistics.pstdev(ordered) * 1000,
+    }
+    return found | {f"p{spelled(q)}_{name}_ms": percentile(ordered, q) * 1000 for q in percentiles}
+
+
+def spelled(q: float) -> str:
+    """A percentile as names have it: 99, 99.9."""
+    return str(int(q)) if q == int(q) else str(q)
+
+
+def peak_rate(timings: Sequence[RequestTiming]) -> float:
+    """Most output tokens in any whole second from the first token on; a chunk of several counts as their share."""
+    seconds: defaultdict[int, float] = defaultdict(float)
+    stamps = [at for one in timings for at in one.token_times_s]
+    if not stamps:
+        return 0.0
+    first = min(stamps)
+    for one in timings:
+        if one.token_times_s:
+            share = one.num_output / len(one.token_times_s)
+            for at in one.token_times_s:
+                seconds[int(at - first)] += share
+    return max(seconds.values())
+
+
+def peak_open(spans: Sequence[tuple[float, float]]) -> int:
+    """The most spans (begin, end) that are open at once."""
+    edges = sorted(itertools.chain(((begin, 1) for begin, _ in spans), ((end, -1) for _, end in spans)))
+    return max(itertools.accumulate(change for _, change in edges), default=0)
+
+
+def lines(
+    found: dict[str, Any],
+    metrics: Sequence[str],
+    percentiles: Sequence[float],
+    max_concurrency: int | None,
+    rate: float,
+    embeddings: bool = False,
+) -> list[str]:
+    """The result as a table of 50 columns, in the words of `vllm bench serve`."""
+    out = ["{s:{c}^{n}}".format(s=" Serving Benchmark Result ", n=50, c="=")]
+
+    def row(name: str, value: Any, digits: int | None = None) -> None:
+        value = math.nan if value is None else value
+        out.append(f"{name:<40} {value:<10}" if digits is None else f"{name:<40} {value:<10.{digits}f}")
+
+    row("Successful requests:", found["completed"])
+    row("Failed requests:", found["failed"])
+    if found["shed"]:
+        row("Shed requests (429):", found["shed"])
+        if found["mean_retry_after_s"] is not None:
+            row("Mean Retry-After (s):", found["mean_retry_after_s"], 2)
+    if max_concurrency is not None:
+        row("Maximum request concurrency:", max_concurrency)
+    if not math.isinf(rate):
+        row("Request rate configured (RPS):", rate, 2)
+    row("Benchmark duration (s):", found["duration"], 2)
+    row("Total input tokens:", found["total_input_tokens"])
+    if found["total_cached_tokens"]:
+        row("Total cached input tokens:", found["total_cached_tokens"])
+    if not embeddings:
+        row("Total generated tokens:", found["total_output_tokens"])
+    row("Request throughput (req/s):", found["request_throughput"], 2)
+    if found["request_goodput"] is not None:
+        row("Request goodput (req/s):", found["request_goodput"], 2)
+        row("SLO attainment (%):", found["slo_attainment"] * 100, 2)
+    if not embeddings:
+        row("Output token throughput (tok/s):", found["output_throughput"], 2)
+        row("Peak output token throughput (tok/s):", found["max_output_tokens_per_s"], 2)
+    row("Peak concurrent requests:", found["max_concurrent_requests"], 2)
+    row("Total token throughput (tok/s):", found["total_token_throughput"], 2)
+    if (found.get("client_lag_p99_ms") or 0) > _LATE_S * 1000:
+        row("Client lag, P99 (ms):", found["client_lag_p99_ms"], 2)
+    if "probe_completed" in found:
+        out.append("{s:{c}^{n}}".format(s="Probe Requests", n=50, c="-"))
+        row("Probe requests completed:", found["probe_completed"])
+        row("Probe requests failed:", found["probe_failed"])
+        row("Median probe E2EL (ms):", found["probe_median_e2el_ms"], 2)
+        row("P99 probe E2EL (ms):", found["probe_p99_e2el_ms"], 2)
+        row("Max probe E2EL (ms):", found["probe_max_e2el_ms"], 2)
+    for name in metrics:
+        short, title = METRICS[name]
+        out.append("{s:{c}^{n}}".format(s=title, n=50, c="-"))
+        row(f"Mean {short} (ms):", found[f"mean_{name}_ms"], 2)
+        row(f"Median {short} (ms):", found[f"median_{name}_ms"], 2)
+        for q in percentiles:
+            row(f"P{spelled(q)} {short} (ms):", found[f"p{spelled(q)}_{name}_ms"], 2)
+    out.append("=" * 50)
+    if found["errors_by_kind"]:
+        out += [
+            "failed requests, by what was said:",
+            *(f"  {n} x {kind}" for kind, n in found["errors_by_kind"].items()),
+        ]
+    return out

@@ -1,0 +1,229 @@
+"""`millstream sim`: a cluster of engines in virtual time, under recorded traffic."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from millstream.cli import output
+
+METRICS = ("ttft", "tpot", "itl")
+# Flag -> (setting, its type, help).
+_FLAGS: tuple[tuple[str, str, type, str], ...] = (
+    ("--rate", "rate", float, "requests a second (default: as recorded)"),
+    ("--speed", "speed", float, "a factor on recorded times"),
+    ("--burstiness", "burstiness", float, "random gaps of this shape; 1 is Poisson, smaller is burstier"),
+    ("--requests", "requests", int, "how many (default 1000); a shorter trace begins anew"),
+    ("--seconds", "seconds", float, "leave out what comes later"),
+    ("--max-tokens", "max_tokens", int, "the most that clients ask for, which policies know (default 4096)"),
+    ("--deadline", "deadline_s", float, "seconds after which requests end"),
+    ("--dispatcher", "dispatcher", str, "which replica is next: least-work (default), round-robin"),
+    ("--prefix", "prefix", str, "radix (default) or none"),
+    ("--preemption", "preemption", str, "recompute (default) or swap"),
+    ("--host-blocks", "host_blocks", int, "of host memory, for swapped-out requests"),
+    ("--blocks", "blocks", int, "of the KV cache of each replica (default: the profile's)"),
+    ("--step-tokens", "step_tokens", int, "of one step (default: the profile's)"),
+    ("--max-rows", "max_rows", int, "requests that are computed at once (default: the profile's)"),
+    ("--plans", "plans", int, "steps in flight, 1 or 2"),
+    ("--noise", "noise", float, "deviation of the logarithm of step times (default 0)"),
+    ("--seed", "seed", int, "of everything random (default 0)"),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="a scenario in TOML or YAML; flags come before what it says")
+    parser.add_argument("--trace", metavar="NAME|FILE", help="traffic (default azure-conv); --list names all")
+    parser.add_argument(
+        "--profile", action="append", metavar="NAME|FILE", help="the kind of engine; may be repeated, --list names all"
+    )
+    parser.add_argument("--replicas", metavar="N[,N]", help="how many, or how many of each profile (default 1)")
+    parser.add_argument(
+        "--policy", metavar="A[,B]", help="scheduling policies, the most important first (default fcfs)"
+    )
+    for flag, name, kind, text in _FLAGS:
+        metavar = "N" if kind is int else "X" if kind is float else None
+        parser.add_argument(flag, dest=name, type=kind, metavar=metavar or flag[2:].upper(), help=text)
+    parser.add_argument("--mix", action="store_true", help="shuffle lengths against arrivals")
+    parser.add_argument("--oracle", action="store_true", help="policies may know true output lengths")
+    parser.add_argument("--slo", default="", metavar="ttft:S,tpot:S", help="limits in seconds, for goodput")
+    parser.add_argument("--rates", metavar="A,B,C", help="a table of throughput and goodput at these rates")
+    parser.add_argument(
+        "--find-capacity", action="store_true", help="the largest rate that keeps --slo, at 90 and 99 %%"
+    )
+    parser.add_argument("--percentiles", default="99", metavar="P,Q", help="of the table (default 99)")
+    parser.add_argument("--chrome", metavar="FILE", help="write all steps, for chrome://tracing or Perfetto")
+    parser.add_argument("--plot", metavar="FILE", help="draw --rates, or first tokens over time, as PNG or SVG")
+    parser.add_argument("--list", action="store_true", help="name the traces and profiles, and leave")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def scenario_of(args: argparse.Namespace) -> Any:
+    """The scenario of a command line. Raises ConfigError, UnknownName and BadFile."""
+    from millstream.config.load import build, merge, read_file
+    from millstream.core.errors import ConfigError
+    from millstream.sim.scenario import Scenario
+
+    given: dict[str, Any] = {name: value for _, name, _, _ in _FLAGS if (value := getattr(args, name)) is not None}
+    for name in ("trace",):
+        if getattr(args, name):
+            given[name] = getattr(args, name)
+    if args.profile:
+        given["profiles"] = args.profile
+    if args.replicas:
+        try:
+            given["replicas"] = [int(one) for one in args.replicas.split(",")]
+        except ValueError:
+            raise ConfigError(f"--replicas {args.replicas}: numbers from 1, with commas") from None
+    if args.policy:
+        given["policies"] = [one.strip() for one in args.policy.split(",")]
+    for name in ("mix", "oracle"):
+        if getattr(args, name):
+            given[name] = True
+    file = read_file(args.config) if args.config else {}
+    return build(Scenario, merge(file, given))
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        return _list(args.json)
+    from millstream.core.errors import BadRequest, ConfigError
+    from millstream.sim import report
+    from millstream.sim.metrics import lines
+    from millstream.sim.scenario import Prepared
+
+    scenario, slo = scenario_of(args), report.parse_slo(args.slo)
+    try:
+        percentiles = [float(one) for one in args.percentiles.split(",")]
+    except ValueError:
+        raise ConfigError(f"--percentiles {args.percentiles}: numbers from 0 to 100, such as 50,90,99") from None
+    if args.find_capacity and not slo:
+        raise BadRequest("slo", "none", "ttft:SECONDS or another limit, which --find-capacity searches for")
+    prepared = Prepared(scenario)
+    with output.json_only(args.json):
+        if args.find_capacity:
+            return _capacity(prepared, slo, args)
+        if args.rates:
+            return _rates(prepared, slo, args)
+        calls = prepared.calls()
+        with output.progress_bar(len(calls)) as step:
+            result = prepared.run(calls=calls, keep_steps=bool(args.chrome), progress=step)
+        found = report.found_of(result, METRICS, percentiles, slo)
+        rows = report.tenants(result, slo)
+        if args.chrome:
+            Path(args.chrome).write_text(json.dumps(report.chrome_trace(result)))
+        if args.plot:
+            from millstream.sim.plots import first_tokens
+
+            first_tokens(result, Path(args.plot))
+        if args.json:
+            tenants = [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in rows]
+            output.emit({**found, "tenants": tenants, "jain": report.jain([row.service for row in rows])})
+            return 0
+        print("\n".join(lines(found, METRICS, percentiles, None, scenario.rate or float("inf"))))
+        print(
+            f"{result.steps} steps, replicas busy {', '.join(f'{100 * one:.0f} %' for one in found['busy'])}; "
+            f"{found['preemptions']} preemptions, {found['retries']} sent again; fingerprint {result.fingerprint}"
+        )
+        if len(rows) > 1:
+            print()
+            titles = ("tenant", "requests", "TTFT p50", "TTFT p99", "TPOT p50", "within SLO", "service")
+            output.print_table(
+                titles,
+                [
+                    (
+                        row.tenant or "-",
+                        row.requests,
+                        f"{row.ttft_p50_s:.3f} s",
+                        f"{row.ttft_p99_s:.3f} s",
+                        f"{row.tpot_p50_s * 1000:.1f} ms",
+                        f"{100 * row.attainment:.1f} %" if slo else "-",
+                        f"{row.service:.0f}",
+                    )
+                    for row in rows
+                ],
+                right=range(1, len(titles)),
+            )
+            print(f"Jain's index of service: {report.jain([row.service for row in rows]):.3f}")
+    return 0
+
+
+def _rates(prepared: Any, slo: dict[str, float], args: argparse.Namespace) -> int:
+    from millstream.core.errors import ConfigError
+    from millstream.sim import report
+
+    try:
+        rates = [float(one) for one in args.rates.split(",")]
+    except ValueError:
+        raise ConfigError(f"--rates {args.rates}: numbers above 0, with commas") from None
+    rows = []
+    for rate in rates:
+        calls = prepared.calls(rate)
+        with output.progress_bar(len(calls), f"{rate:g}/s") as step:
+            result = prepared.run(calls=calls, progress=step)
+        rows.append({"rate": rate, **report.found_of(result, METRICS, [99], slo)})
+    if args.plot:
+        from millstream.sim.plots import goodput
+
+        goodput(rows, Path(args.plot))
+    if args.json:
+        output.emit({"rates": rows})
+        return 0
+    titles = ("requests/s", "served/s", "goodput/s", "within SLO", "TTFT p50", "TTFT p99", "TPOT p50", "output tok/s")
+    output.print_table(
+        titles,
+        [
+            (
+                f"{row['rate']:g}",
+                f"{row['request_throughput']:.2f}",
+                "-" if row["request_goodput"] is None else f"{row['request_goodput']:.2f}",
+                "-" if row["slo_attainment"] is None else f"{100 * row['slo_attainment']:.1f} %",
+                f"{row['median_ttft_ms']:.0f} ms",
+                f"{row['p99_ttft_ms']:.0f} ms",
+                f"{row['median_tpot_ms']:.1f} ms",
+                f"{row['output_throughput']:.0f}",
+            )
+            for row in rows
+        ],
+        right=range(len(titles)),
+    )
+    return 0
+
+
+def _capacity(prepared: Any, slo: dict[str, float], args: argparse.Namespace) -> int:
+    from millstream.sim import report
+
+    found = {}
+    for share in (0.9, 0.99):
+        seen = 0
+
+        def simulate(rate: float, share: float = share) -> Any:
+            nonlocal seen
+            seen += 1
+            calls = prepared.calls(rate)
+            with output.progress_bar(len(calls), f"{100 * share:.0f} %, {rate:.3g}/s") as step:
+                return prepared.run(calls=calls, progress=step)
+
+        found[share] = report.capacity(simulate, slo, share, prepared.scenario.rate or 1.0)
+    if args.json:
+        output.emit({"slo": slo, "capacity": {str(share): rate for share, rate in found.items()}})
+        return 0
+    for share, rate in found.items():
+        said = f"{rate:.2f} requests/s" if rate else "no rate that was tried"
+        print(f"{100 * share:.0f} % of requests within {args.slo}: {said}")
+    return 0
+
+
+def _list(as_json: bool) -> int:
+    from millstream.sched.profiles import kept
+    from millstream.sim.published import PUBLISHED
+    from millstream.sim.traces import TRACES
+
+    if as_json:
+        print(json.dumps({"traces": list(TRACES), "profiles": [*kept(), *PUBLISHED]}))
+        return 0
+    print("traces    " + ", ".join(TRACES) + ", or a file")
+    print("profiles  " + (", ".join(kept()) or "none of this machine: millstream calibrate MODEL makes one"))
+    print("          " + ", ".join(PUBLISHED))
+    return 0

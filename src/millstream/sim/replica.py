@@ -1,0 +1,100 @@
+"""One simulated engine: the production engine, scheduler, ledger, policies, meters, and a formula for a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from millstream.core import registry
+from millstream.core.cache import CacheGroup
+from millstream.core.clock import VirtualClock
+from millstream.core.events import Event
+from millstream.core.registry import Choice
+from millstream.core.request import Limits
+from millstream.engine.engine import Engine
+from millstream.memory.ledger import Ledger
+from millstream.sched.profiles import Profile
+from millstream.sched.scheduler import Scheduler
+from millstream.sim.sim_runner import STOP, VOCAB, SimRunner
+
+GROUP = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetting:
+    """What a configuration says of the deciding stack of each replica; plug-ins by their names, as the engine has them.
+
+    `host_blocks` are what swapped-out requests may take. `noise` is the deviation of log step times.
+    """
+
+    policies: tuple[Choice, ...] = (Choice("fcfs"),)
+    meters: tuple[Choice, ...] = ()
+    prefix: Choice = Choice("radix")
+    preemption: str = "recompute"
+    host_blocks: int = 0
+    plans: int = 1
+    noise: float = 0.0
+
+
+@dataclass(slots=True)
+class Replica:
+    """An engine and what a simulation knows of it. `up` is false while it is lost."""
+
+    name: str
+    profile: Profile
+    engine: Engine
+    runner: SimRunner
+    up: bool = True
+    busy: bool = False
+    epoch: int = 0
+    served: int = 0
+    inside: dict[int, int] = field(default_factory=dict)  # call -> tokens of its prompt
+
+    @property
+    def outstanding(self) -> int:
+        """Tokens of prompts of what is inside."""
+        return sum(self.inside.values())
+
+
+def build(
+    name: str,
+    profile: Profile,
+    setting: EngineSetting,
+    clock: VirtualClock,
+    seed: int,
+    listeners: Sequence[Callable[[Event], None]] = (),
+) -> Replica:
+    """Raises ConfigError, UnknownName and what plug-ins raise for their options."""
+    runner = SimRunner(
+        clock,
+        profile.step_cost(),
+        {GROUP: profile.blocks},
+        profile.block_size,
+        {GROUP: setting.host_blocks},
+        plans=setting.plans,
+        block_s=profile.token_bytes * profile.block_size / profile.swap_bytes_per_s,
+        noise=setting.noise,
+        seed=seed,
+    )
+    ledger = Ledger(
+        (CacheGroup(GROUP),),
+        profile.block_size,
+        {GROUP: profile.blocks},
+        registry.make("prefix", setting.prefix),
+        {GROUP: setting.host_blocks},
+        ("sim", profile.model),
+    )
+    meters = setting.meters or (
+        Choice("splitfuse", {"budget": profile.step_tokens}),
+        Choice("seats", {"max_rows": profile.max_rows}),
+        Choice("kv-blocks"),
+    )
+    scheduler = Scheduler(
+        ledger,
+        [registry.make("policy", choice) for choice in setting.policies],
+        [registry.make("meter", choice, ledger=ledger) for choice in meters],
+        setting.preemption,
+    )
+    limits = Limits(VOCAB, profile.max_context, profile.blocks * profile.block_size)
+    engine = Engine(scheduler, runner, clock, limits, stop_ids=frozenset({STOP}), listeners=listeners, seed=seed)
+    return Replica(name, profile, engine, runner)

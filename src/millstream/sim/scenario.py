@@ -1,0 +1,174 @@
+"""A simulation as it is asked for: by flags, or by a file in TOML or YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from millstream.core.errors import ConfigError, UnknownName
+from millstream.core.registry import Choice
+from millstream.core.request import Slo
+from millstream.sched import profiles
+from millstream.sched.profiles import Profile
+from millstream.sim import workload
+from millstream.sim.published import PUBLISHED
+from millstream.sim.replica import EngineSetting
+from millstream.sim.simulate import DISPATCHERS, Failure, Result, Simulation
+from millstream.sim.traces import Row
+from millstream.sim.workload import Call, Source
+
+
+@dataclass(frozen=True, slots=True)
+class TenantConfig:
+    """`[[tenants]]`: what one tenant sends. See `workload.Source`; what is not given is that of the scenario."""
+
+    name: str
+    trace: str = ""
+    rate: float | None = None
+    requests: int | None = None
+    burstiness: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailureConfig:
+    """`[[failures]]`: a replica that is lost at a second, for so many seconds."""
+
+    replica: int
+    at_s: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Everything a simulation is made of.
+
+    `profiles` are the kinds of engines, `replicas` how many of each: one number for all, or one a profile. `rate` is
+    requests a second (None: as recorded), `speed` a factor on recorded times, `burstiness` makes gaps random (1:
+    Poisson). `requests` and `seconds` cut the trace. `deadline_s` ends requests. `noise` is the deviation of log step
+    times. `blocks`, `step_tokens` and `max_rows` stand for the profile's own. `mix` shuffles lengths against arrivals.
+    """
+
+    trace: str = "azure-conv"
+    profiles: tuple[str, ...] = ("vidur-a100-llama3-8b-tp1",)
+    replicas: tuple[int, ...] = (1,)
+    policies: tuple[Choice, ...] = (Choice("fcfs"),)
+    meters: tuple[Choice, ...] = ()
+    dispatcher: str = "least-work"
+    prefix: Choice = Choice("radix")
+    preemption: str = "recompute"
+    host_blocks: int = 0
+    rate: float | None = None
+    speed: float = 1.0
+    burstiness: float | None = None
+    mix: bool = False
+    requests: int | None = 1000
+    seconds: float | None = None
+    max_tokens: int = 4096
+    deadline_s: float | None = None
+    noise: float = 0.0
+    blocks: int | None = None
+    step_tokens: int | None = None
+    max_rows: int | None = None
+    plans: int = 1
+    oracle: bool = False
+    seed: int = 0
+    tenants: tuple[TenantConfig, ...] = ()
+    failures: tuple[FailureConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.preemption not in ("recompute", "swap"):
+            raise ConfigError(f"preemption: got {self.preemption!r}, allowed is recompute or swap")
+        if self.dispatcher not in DISPATCHERS:
+            raise UnknownName("dispatcher", self.dispatcher, DISPATCHERS)
+        if len(self.replicas) not in (1, len(self.profiles)) or any(one < 1 for one in self.replicas):
+            raise ConfigError(
+                f"replicas: got {', '.join(map(str, self.replicas))}, allowed is one number from 1, or one a profile"
+            )
+        if self.plans not in (1, 2):
+            raise ConfigError(f"plans: got {self.plans}, allowed is 1 or 2")
+        if self.noise < 0 or self.host_blocks < 0 or self.max_tokens < 1:
+            raise ConfigError("noise and host_blocks are 0 or more, max_tokens is 1 or more")
+
+
+class Prepared:
+    """A scenario whose data is read, to be run at any rate. Raises what reading traces and profiles raises."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        counts = scenario.replicas * (len(scenario.profiles) if len(scenario.replicas) == 1 else 1)
+        self.kinds: list[tuple[Profile, int]] = []
+        for name, count in zip(scenario.profiles, counts, strict=True):
+            profile = profiles.load(name, PUBLISHED)
+            self.kinds.append((profile.sized(scenario.blocks, scenario.step_tokens, scenario.max_rows), count))
+        tenants = scenario.tenants or (TenantConfig(""),)
+        self._rows: list[tuple[TenantConfig, list[Row]]] = []
+        read: dict[str, list[Row]] = {}
+        for tenant in tenants:
+            name = tenant.trace or scenario.trace
+            if name not in read:
+                read[name] = workload.load(name)
+                if scenario.mix:
+                    read[name] = workload.mixed(read[name], scenario.seed)
+            self._rows.append((tenant, read[name]))
+
+    def calls(self, rate: float | None = None) -> list[Call]:
+        """With a `rate` that of all tenants together, else as the scenario has it. Raises BadRequest."""
+        scenario = self.scenario
+        sources = []
+        for tenant, rows in self._rows:
+            own = scenario.rate if tenant.rate is None else tenant.rate
+            if rate is not None:
+                own = rate / len(self._rows)
+            sources.append(
+                Source(
+                    rows,
+                    tenant.name,
+                    own,
+                    scenario.speed,
+                    scenario.burstiness if tenant.burstiness is None else tenant.burstiness,
+                    scenario.requests if tenant.requests is None else tenant.requests,
+                    scenario.seconds,
+                )
+            )
+        # Every replica must be able to take every call.
+        most = min(min(kind.max_context, kind.blocks * kind.block_size) for kind, _ in self.kinds)
+        return workload.calls(sources, most, scenario.seed)
+
+    def run(
+        self,
+        rate: float | None = None,
+        *,
+        calls: list[Call] | None = None,
+        counts: tuple[int, ...] | None = None,
+        keep_steps: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> Result:
+        """`counts` are numbers of replicas in the place of the scenario's."""
+        scenario = self.scenario
+        setting = EngineSetting(
+            scenario.policies,
+            scenario.meters,
+            scenario.prefix,
+            scenario.preemption,
+            scenario.host_blocks,
+            scenario.plans,
+            scenario.noise,
+        )
+        replicas = []
+        for place, (profile, count) in enumerate(self.kinds):
+            number = count if counts is None else counts[place]
+            replicas += [(f"{profile.name}/{one}", profile) for one in range(number)]
+        simulation = Simulation(
+            self.calls(rate) if calls is None else calls,
+            replicas,
+            setting,
+            DISPATCHERS[scenario.dispatcher](),
+            slo=Slo(deadline_s=scenario.deadline_s),
+            failures=[Failure(one.replica, one.at_s, one.for_s) for one in scenario.failures],
+            seed=scenario.seed,
+            oracle=scenario.oracle,
+            max_tokens=scenario.max_tokens,
+            keep_steps=keep_steps,
+            progress=progress,
+        )
+        return simulation.run()

@@ -1,0 +1,327 @@
+"""A cluster in virtual time: calls come, a dispatcher picks an engine for each, engines make their steps.
+
+Nothing here decides what an engine does: replicas are the production engine (`replica.py`). One heap holds what happens
+and when; ties are broken by the order in which things were put there, so that a run is a function of its inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from millstream.core.client import Chunk
+from millstream.core.clock import VirtualClock
+from millstream.core.errors import BadRequest
+from millstream.core.events import Event, Preempted, Stepped
+from millstream.core.request import Hints, Prior, Program, Request, SamplingParams, Slo, Tokens
+from millstream.sched.profiles import Profile
+from millstream.sim.replica import EngineSetting, Replica, build
+from millstream.sim.workload import Call
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Replica number `replica` is lost at `at_s` and is back, empty, `for_s` seconds later."""
+
+    replica: int
+    at_s: float
+    for_s: float
+
+
+@dataclass(slots=True)
+class Served:
+    """One call as its client saw it. Seconds of the virtual clock; `times_s` has an entry for each output token."""
+
+    call: Call
+    arrival_s: float
+    replica: int = -1
+    times_s: list[float] = field(default_factory=list)
+    ended_s: float | None = None
+    cached: int = 0
+    preemptions: int = 0
+    retries: int = 0
+    finish: str = ""
+    error: str = ""
+
+
+class Dispatcher(Protocol):
+    """Picks an engine for a call."""
+
+    def pick(self, call: Call, replicas: Sequence[Replica]) -> int:
+        """The place of one of the replicas that are up; there is one at least."""
+        ...
+
+
+class RoundRobin:
+    def __init__(self) -> None:
+        self._next = 0
+
+    def pick(self, call: Call, replicas: Sequence[Replica]) -> int:
+        for _ in replicas:
+            place = self._next % len(replicas)
+            self._next += 1
+            if replicas[place].up:
+                return place
+        raise BadRequest("replicas", "none that is up", "at least one")
+
+
+class LeastWork:
+    """The one with the fewest tokens of prompts inside, for its speed."""
+
+    def pick(self, call: Call, replicas: Sequence[Replica]) -> int:
+        up = [place for place, replica in enumerate(replicas) if replica.up]
+        return min(up, key=lambda place: (replicas[place].outstanding / replicas[place].profile.step_tokens, place))
+
+
+DISPATCHERS: dict[str, Callable[[], Dispatcher]] = {"round-robin": RoundRobin, "least-work": LeastWork}
+
+
+@dataclass(frozen=True, slots=True)
+class StepMade:
+    """A step as a trace shows it."""
+
+    replica: int
+    start_s: float
+    seconds: float
+    rows: int
+    tokens: int
+    prompt_tokens: int
+    waiting: int
+    running: int
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of a simulation. `wall` is left to whoever reads a clock."""
+
+    served: list[Served]
+    replicas: list[Replica]
+    duration_s: float
+    steps: int
+    busy_s: list[float]
+    made: list[StepMade]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every call's times, counts and end: equal runs have equal ones."""
+        found = hashlib.sha256()
+        for one in self.served:
+            found.update(
+                struct.pack(
+                    f"<qdqqqq{len(one.times_s)}d",
+                    one.call.id,
+                    one.arrival_s,
+                    one.replica,
+                    one.cached,
+                    one.preemptions,
+                    one.retries,
+                    *one.times_s,
+                )
+            )
+            found.update(one.finish.encode())
+        return found.hexdigest()[:16]
+
+
+class Simulation:
+    """One run. `slo` gives every request its wishes and deadline, `oracle` tells policies true output lengths.
+
+    `max_tokens` is what clients say that they want at most, which is all that a policy may know of an output's length.
+    `progress` hears of each call that ended. With `keep_steps` every step is kept, for a trace.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        replicas: Sequence[tuple[str, Profile]],
+        setting: EngineSetting,
+        dispatcher: Dispatcher | None = None,
+        *,
+        slo: Slo | None = None,
+        failures: Sequence[Failure] = (),
+        seed: int = 0,
+        oracle: bool = False,
+        max_tokens: int = 4096,
+        keep_steps: bool = False,
+        progress: Callable[[], None] | None = None,
+    ) -> None:
+        if not replicas:
+            raise BadRequest("replicas", 0, "at least one")
+        self.clock = VirtualClock()
+        self.calls, self.setting, self.seed = calls, setting, seed
+        self.dispatcher = dispatcher or LeastWork()
+        self.slo, self.oracle, self.max_tokens = slo or Slo(), oracle, max_tokens
+        self.progress = progress
+        self._keep = keep_steps
+        self.made: list[StepMade] = []
+        self.replicas = [self._replica(place, name, profile) for place, (name, profile) in enumerate(replicas)]
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._serials = itertools.count()
+        self._served: dict[int, Served] = {}
+        self._followers: dict[int, list[Call]] = {}
+        self._homeless: list[Call] = []
+        self.steps = 0
+        self._busy_s = [0.0] * len(self.replicas)
+        for call in calls:
+            if call.after is None:
+                self._at(call.at_s, self._arrive, call)
+            else:
+                self._followers.setdefault(call.after, []).append(call)
+        for failure in failures:
+            if not 0 <= failure.replica < len(self.replicas):
+                raise BadRequest("failure", failure.replica, f"a replica from 0 to {len(self.replicas) - 1}")
+            self._at(failure.at_s, self._lose, failure.replica)
+            self._at(failure.at_s + failure.for_s, self._restore, failure.replica)
+
+    def _replica(self, place: int, name: str, profile: Profile) -> Replica:
+        def hear(event: Event) -> None:
+            self._hear(place, event)
+
+        return build(name, profile, self.setting, self.clock, self.seed + place, (hear,))
+
+    def _at(self, when: float, work: Callable[..., None], *given: object) -> None:
+        heapq.heappush(self._heap, (when, next(self._serials), lambda: work(*given)))
+
+    def run(self) -> Result:
+        """Raises what engines raise for calls that no replica can ever take."""
+        heap, clock = self._heap, self.clock
+        while heap:
+            when, _, work = heapq.heappop(heap)
+            if when > clock.now():
+                clock.to(when)
+            work()
+        served = [self._served[call.id] for call in self.calls if call.id in self._served]
+        for place, replica in enumerate(self.replicas):
+            self._busy_s[place] += replica.runner.busy_s
+        ends = [one.ended_s for one in served if one.ended_s is not None]
+        start = min((one.arrival_s for one in served), default=0.0)
+        return Result(served, self.replicas, max(ends, default=start) - start, self.steps, self._busy_s, self.made)
+
+    # -- what happens
+
+    def _arrive(self, call: Call) -> None:
+        self._served[call.id] = Served(call, self.clock.now())
+        self._send(call)
+
+    def _send(self, call: Call) -> None:
+        if not any(replica.up for replica in self.replicas):
+            self._homeless.append(call)
+            return
+        place = self.dispatcher.pick(call, self.replicas)
+        replica, served = self.replicas[place], self._served[call.id]
+        served.replica = place
+        replica.inside[call.id] = call.num_prompt
+        try:
+            replica.engine.submit(self._request(call, served), lambda chunk: self._hear_chunk(place, call, chunk))
+        except BadRequest as error:
+            del replica.inside[call.id]
+            served.error, served.ended_s, served.finish = str(error), self.clock.now(), "error"
+            self._over(call)
+            return
+        if self.slo.deadline_s is not None:
+            self._at(self.clock.now() + self.slo.deadline_s, self._kick, place)
+        if not replica.busy:
+            self._kick(place)
+
+    def _request(self, call: Call, served: Served) -> Request:
+        # The seed tells the runner, and nobody else, where the output ends.
+        most = max(1, min(self.max_tokens, self.replicas[served.replica].profile.max_context - call.num_prompt))
+        params = SamplingParams(max_tokens=max(most, call.num_output), temperature=0.0, seed=call.num_output)
+        prior = (Prior(0, self._told(served)),) if served.times_s else ()
+        return Request(
+            call.id,
+            (Tokens(call.prompt),),
+            params,
+            arrival=served.arrival_s,
+            tenant=call.tenant,
+            program=Program(call.session, call.id) if call.session else None,
+            slo=self.slo,
+            hints=Hints(oracle=call.num_output) if self.oracle else Hints(),
+            prior=prior,
+        )
+
+    @staticmethod
+    def _told(served: Served) -> tuple[int, ...]:
+        """Tokens that stand for what a lost engine had answered already."""
+        return tuple(range(1, 1 + len(served.times_s)))
+
+    def _hear_chunk(self, place: int, call: Call, chunk: Chunk) -> None:
+        served, now = self._served[call.id], self.clock.now()
+        served.times_s += [now] * len(chunk.tokens)
+        if chunk.usage is not None:
+            served.cached = max(served.cached, chunk.usage.cached_tokens)
+        if chunk.finish is not None:
+            served.ended_s, served.finish, served.error = now, chunk.finish.value, chunk.error or ""
+            replica = self.replicas[place]
+            replica.inside.pop(call.id, None)
+            replica.served += 1
+            self._over(call)
+
+    def _over(self, call: Call) -> None:
+        for follower in self._followers.pop(call.id, ()):
+            self._at(self.clock.now() + follower.think_s, self._arrive, follower)
+        if self.progress is not None:
+            self.progress()
+
+    def _hear(self, place: int, event: Event) -> None:
+        if type(event) is Stepped:
+            self.steps += 1
+            if self._keep:
+                start = event.now - event.seconds
+                self.made.append(
+                    StepMade(
+                        place,
+                        start,
+                        event.seconds,
+                        event.rows,
+                        event.tokens,
+                        event.prompt_tokens,
+                        event.waiting,
+                        event.running,
+                    )
+                )
+        elif type(event) is Preempted:
+            served = self._served.get(event.seq.request_id)
+            if served is not None:
+                served.preemptions += 1
+
+    def _kick(self, place: int) -> None:
+        """Has an idle engine make a step, where there is one to make."""
+        replica = self.replicas[place]
+        if replica.busy or not replica.up:
+            return
+        if replica.engine.launch():
+            replica.busy = True
+            self._at(replica.runner.launched[0].done_at, self._done, place, replica.epoch)
+
+    def _done(self, place: int, epoch: int) -> None:
+        replica = self.replicas[place]
+        if replica.epoch != epoch:
+            return  # it was lost meanwhile
+        replica.engine.collect()
+        replica.busy = False
+        self._kick(place)
+
+    def _lose(self, place: int) -> None:
+        replica = self.replicas[place]
+        if not replica.up:
+            return
+        inside = list(replica.inside)
+        self._busy_s[place] += replica.runner.busy_s
+        fresh = self._replica(place, replica.name, replica.profile)
+        fresh.up, fresh.epoch, fresh.served = False, replica.epoch + 1, replica.served
+        self.replicas[place] = fresh
+        for number in inside:
+            served = self._served[number]
+            served.retries += 1
+            self._send(served.call)
+
+    def _restore(self, place: int) -> None:
+        self.replicas[place].up = True
+        waiting, self._homeless = self._homeless, []
+        for call in waiting:
+            self._send(call)

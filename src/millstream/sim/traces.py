@@ -1,0 +1,234 @@
+"""Recorded traffic: when requests came, how long they were, and which prefixes they shared.
+
+Rows begin at second 0 and are in order of time. A trace of arrivals alone takes its lengths from `sharegpt-lengths`.
+"""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import csv
+import io
+import itertools
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from millstream.core.errors import BadFile, BadRequest, Told, UnknownName
+from millstream.sim import data
+
+# Tokens that one entry of `blocks` stands for.
+BLOCK_TOKENS = 512
+# Of a trace of one's own; blocks are numbers with spaces between.
+COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "tenant", "session", "think_s", "blocks")
+# ServeGen tells rates by windows; a part of the day is taken.
+WINDOW_S, WINDOWS = 600.0, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request. Two rows share their first k blocks of BLOCK_TOKENS tokens when their first k `blocks` are equal.
+
+    Rows of one `session` follow each other, each `think_s` seconds after the one before has ended, and all begin as the
+    one before did, as far as both are long.
+    """
+
+    at_s: float
+    num_prompt: int
+    num_output: int
+    blocks: tuple[int, ...] = ()
+    tenant: str = ""
+    session: str = ""
+    think_s: float = 0.0
+
+
+def load(name: str) -> list[Row]:
+    """A trace by its name. Raises UnknownName, BadFile and DownloadError."""
+    if name not in TRACES:
+        raise UnknownName("trace", name, TRACES)
+    source, read = TRACES[name]
+    return _from_zero(read(data.find(source)))
+
+
+def load_file(path: Path) -> list[Row]:
+    """A trace of one's own: a CSV with the columns `COLUMNS`, or JSON lines in Mooncake's form, gzipped or not.
+
+    Those have timestamp (ms), input_length, output_length and hash_ids (optional). Raises BadFile naming the line.
+    """
+    rows = _from_zero(_table(path) if ".csv" in path.suffixes else _mooncake(path))
+    if not rows:
+        raise BadFile(path, "has no requests")
+    return rows
+
+
+def _from_zero(rows: Iterator[Row]) -> list[Row]:
+    found = sorted(rows, key=lambda row: row.at_s)
+    for row in found:
+        if row.num_prompt < 1 or row.num_output < 0 or not math.isfinite(row.at_s):
+            got = f"{row.num_prompt} and {row.num_output} tokens at {row.at_s} s"
+            raise BadRequest("trace", Told(got), "1 token or more, 0 or more, and a time")
+    return [replace(row, at_s=row.at_s - found[0].at_s) for row in found]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines that are not empty."""
+    return ((number, line) for number, line in enumerate(data.read(path).splitlines(), start=1) if line.strip())
+
+
+def _azure(path: Path) -> Iterator[Row]:
+    for number, row in enumerate(csv.DictReader(io.StringIO(data.read(path))), start=2):
+        try:
+            # Seven digits of a second are written; datetime takes six.
+            at = datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC).timestamp()
+            yield Row(at, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadFile(path, f"line {number}: {error}") from error
+
+
+def _mooncake(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+            blocks = tuple(int(block) for block in row.get("hash_ids", ()))
+            yield Row(row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), blocks)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
+
+
+def _arrivals(path: Path) -> Iterator[Row]:
+    lengths = itertools.cycle(data.lengths("sharegpt-lengths"))
+    for number, line in _lines(path):
+        try:
+            at = float(line)
+        except ValueError as error:
+            raise BadFile(path, f"line {number}: {error}") from error
+        yield Row(at, *next(lengths))
+
+
+def _table(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(data.read(path)))
+    missing = [name for name in COLUMNS[:3] if name not in (reader.fieldnames or ())]
+    if missing:
+        columns = ", ".join(COLUMNS)
+        raise BadFile(path, f"has no column {missing[0]}; columns are {columns} (the last four may be left out)")
+    for number, row in enumerate(reader, start=2):
+        try:
+            at, prompt, output = float(row["arrival_s"]), int(row["prompt_tokens"]), int(row["output_tokens"])
+            if prompt < 1 or output < 0 or not math.isfinite(at):
+                raise ValueError("a prompt has 1 token or more, an output 0 or more, and times are numbers")
+            blocks = tuple(int(block) for block in (row.get("blocks") or "").split())
+            think = float(row.get("think_s") or 0)
+            yield Row(at, prompt, output, blocks, row.get("tenant") or "", row.get("session") or "", think)
+        except (TypeError, ValueError) as error:
+            raise BadFile(path, f"line {number}: {error}") from error
+
+
+def _lengths(name: str) -> Callable[[Path], Iterator[Row]]:
+    """Lengths alone: when they come is for whoever replays them to say."""
+    return lambda path: (Row(0.0, prompt, max(1, output)) for prompt, output in data.lengths(name))
+
+
+def _agents(path: Path) -> Iterator[Row]:
+    """Sessions of calls; what passed between the end of one and the beginning of the next is thought and tools."""
+    last: dict[str, tuple[float, float]] = {}  # -> when its last call ended, when its first began
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+            session, end = str(row["session_id"]), float(row["end_time_s"])
+            start = end - float(row["duration_ms"]) / 1000
+            before, first = last.get(session, (start, start))
+            last[session] = (end, first)
+            think = max(0.0, start - before)
+            if not int(row["input_tokens"]):
+                continue  # it failed before it was read
+            yield Row(first, int(row["input_tokens"]), max(1, int(row["output_tokens"])), (), "", session, think)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
+
+
+def _coding(path: Path) -> Iterator[Row]:
+    """Sessions whose first calls come a minute apart: the recording tells only the times within each."""
+    begun: dict[str, float] = {}
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+            session = str(row["session_id"])
+            first = begun.setdefault(session, 60.0 * len(begun))
+            think = max(0.0, float(row["think_time_s"] or 0))
+            prompt, output = max(1, int(row["input_tokens"])), max(1, int(row["output_tokens"]))
+            yield Row(first, prompt, output, (), "", session, think)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
+
+
+def _servegen(path: Path) -> Iterator[Row]:
+    """Clients by their windows of ten minutes: gaps of the recorded shape, lengths of the recorded histograms.
+
+    The first windows of every client; seeded, so that the same rows come each time.
+    """
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+            client, draw = f"client-{row['client']}", random.Random(f"servegen {row['client']}")
+            windows = [window.split(",") for window in row["trace_csv"].splitlines() if window]
+            held = {float(start): lengths for start, lengths in row["dataset"].items()}
+            seen = [pair for start in sorted(held) if (pair := _histograms(held[start])) is not None]
+            if not seen:
+                continue
+            prompts, outputs = seen[0]
+            for window in windows[:WINDOWS]:
+                start, rate, cv = float(window[0]), float(window[1]), float(window[2])
+                at = start
+                # Rates are requests a second; the shape of a gamma distribution follows from the variation of gaps.
+                shape = 1 / max(cv, 0.05) ** 2
+                while rate > 0:
+                    at += draw.gammavariate(shape, 1 / (shape * rate))
+                    if at >= start + WINDOW_S:
+                        break
+                    yield Row(at, max(1, _drawn(draw, prompts)), max(1, _drawn(draw, outputs)), (), client)
+        except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
+            raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
+
+
+_Histogram = tuple[list[int], list[float]]
+
+
+def _histograms(held: Any) -> tuple[_Histogram, _Histogram] | None:
+    """Of prompts and of outputs: lengths, and the sums of their shares so far; None for what was never seen."""
+    found = []
+    for name in ("input_tokens", "output_tokens"):
+        shares = ast.literal_eval(held[name]) if isinstance(held[name], str) else held[name]
+        if not shares:
+            return None
+        values = sorted((int(value), float(share)) for value, share in shares.items())
+        found.append(([value for value, _ in values], list(itertools.accumulate(share for _, share in values))))
+    return found[0], found[1]
+
+
+def _drawn(draw: random.Random, histogram: _Histogram) -> int:
+    values, sums = histogram
+    return values[min(len(values) - 1, bisect.bisect(sums, draw.random() * sums[-1]))]
+
+
+# Name -> (data set, how its file is read).
+TRACES: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
+    "azure-conv": ("azure-conv", _azure),
+    "azure-code": ("azure-code", _azure),
+    "mooncake": ("mooncake-conversation", _mooncake),
+    "mooncake-synthetic": ("mooncake-synthetic", _mooncake),
+    "mooncake-toolagent": ("mooncake-toolagent", _mooncake),
+    "burstgpt": ("burstgpt", _arrivals),
+    "servegen": ("servegen-small", _servegen),
+    "servegen-mid": ("servegen-mid", _servegen),
+    "servegen-reason": ("servegen-reason", _servegen),
+    "agents": ("agents-swebench", _agents),
+    "agents-coding": ("agents-coding", _coding),
+    "lengths": ("sharegpt-lengths", _lengths("sharegpt-lengths")),
+    "lengths-arxiv": ("arxiv-lengths", _lengths("arxiv-lengths")),
+    "lengths-bwb": ("bwb-lengths", _lengths("bwb-lengths")),
+}

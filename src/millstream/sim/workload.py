@@ -1,0 +1,166 @@
+"""What is sent to a simulated cluster: calls with their times, lengths and shared prefixes, and sessions of calls.
+
+A trace gives calls; arrivals, lengths, tenants and rates are then changed apart from each other. The prompt of a call
+is made of numbers that stand for text: two calls share a prefix exactly as far as the trace says that they do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from millstream.core.errors import BadRequest
+from millstream.sim import traces
+from millstream.sim.arrivals import arrival_times
+from millstream.sim.traces import BLOCK_TOKENS, Row
+
+# Texts of their own begin so far apart.
+TEXT = 1 << 20
+# Where texts of blocks that traces name begin, and behind them those of sessions and of single calls.
+_BLOCKS, _SESSIONS, _CALLS = 0, 1 << 37, 1 << 38
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to be. `prompt` are its tokens, `num_output` how long its output will really be.
+
+    A call with `after` begins `think_s` seconds after that call of the same session has ended, else at `at_s`.
+    """
+
+    id: int
+    at_s: float
+    prompt: tuple[int, ...]
+    num_output: int
+    tenant: str = ""
+    session: str = ""
+    after: int | None = None
+    think_s: float = 0.0
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What one tenant sends: rows of a trace, and what of them is changed.
+
+    `rate` is requests a second (None: as recorded): recorded gaps are stretched, or with `burstiness` replaced by
+    random ones (1: Poisson). `speed` replays faster. `count` and `seconds` cut it.
+    """
+
+    rows: Sequence[Row]
+    tenant: str = ""
+    rate: float | None = None
+    speed: float = 1.0
+    burstiness: float | None = None
+    count: int | None = None
+    seconds: float | None = None
+
+
+def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Call]:
+    """All calls of all tenants in order of time, those of sessions behind each other; none is longer than the context.
+
+    Raises BadRequest.
+    """
+    found: list[tuple[float, int, Row, str]] = []
+    for place, source in enumerate(sources):
+        rows = _timed(source, seed + place)
+        found += [(row.at_s, place, row, source.tenant or row.tenant) for row in rows]
+    if not found:
+        raise BadRequest("trace", "no requests", "at least one")
+    found.sort(key=lambda one: (one[0], one[1]))
+    ids = itertools.count(1)
+    sessions: dict[tuple[int, str], tuple[int, int]] = {}  # -> its text, its last call
+    bases: dict[tuple[int, str], int] = {}
+    out: list[Call] = []
+    for at_s, place, row, tenant in found:
+        number = next(ids)
+        num_output = max(1, min(row.num_output, max_context - 1))
+        length = max(1, min(row.num_prompt, max_context - num_output))
+        after = None
+        if row.session:
+            key = (place, row.session)
+            base = bases.setdefault(key, _SESSIONS + len(bases) * TEXT)
+            prompt = tuple(range(base, base + length))
+            if key in sessions:
+                after = sessions[key][1]
+            sessions[key] = (base, number)
+        else:
+            prompt = _prompt(row, length, place, number)
+        out.append(Call(number, at_s, prompt, num_output, tenant, row.session, after, row.think_s))
+    return out
+
+
+def _timed(source: Source, seed: int) -> list[Row]:
+    rows = list(source.rows)
+    if source.speed <= 0:
+        raise BadRequest("speed", source.speed, "a number above 0")
+    if source.speed != 1:
+        rows = [replace(row, at_s=row.at_s / source.speed, think_s=row.think_s / source.speed) for row in rows]
+    if source.count is not None:
+        if source.count < 1:
+            raise BadRequest("requests", source.count, "an integer from 1")
+        # A trace that is shorter begins anew.
+        rows = list(itertools.islice(_again(rows), source.count))
+    if source.burstiness is not None or (source.rate is not None and _untimed(rows)):
+        rate = source.rate or len(rows) / max(rows[-1].at_s, 1e-9)
+        times = arrival_times(len(rows), rate, source.burstiness or 1.0, seed=seed)
+        rows = [replace(row, at_s=at) for row, at in zip(rows, times, strict=True)]
+    elif source.rate is not None:
+        if not source.rate > 0:
+            raise BadRequest("rate", source.rate, "a number above 0")
+        stretch = len(rows) / source.rate / rows[-1].at_s
+        rows = [replace(row, at_s=row.at_s * stretch) for row in rows]
+    if source.seconds is not None:
+        rows = [row for row in rows if row.at_s <= source.seconds]
+    return rows
+
+
+def _untimed(rows: Sequence[Row]) -> bool:
+    """Whether the rows tell no times."""
+    return not rows or rows[-1].at_s <= 0
+
+
+def _again(rows: Sequence[Row]) -> Iterator[Row]:
+    if not rows:
+        return
+    length = rows[-1].at_s + rows[-1].at_s / max(1, len(rows) - 1)
+    for turn in itertools.count():
+        for row in rows:
+            blocks = tuple(block + turn * TEXT for block in row.blocks)
+            session = f"{row.session}/{turn}" if row.session else ""
+            yield replace(row, at_s=row.at_s + turn * length, blocks=blocks, session=session)
+
+
+def _prompt(row: Row, length: int, place: int, number: int) -> tuple[int, ...]:
+    own = _CALLS + number * TEXT
+    if not row.blocks:
+        return tuple(range(own, own + length))
+    # Tenants share no text: their blocks lie in places of their own.
+    ids: list[int] = []
+    for block in row.blocks:
+        start = _BLOCKS + (place * (1 << 26) + block % (1 << 26)) * BLOCK_TOKENS
+        ids += range(start, start + min(BLOCK_TOKENS, length - len(ids)))
+        if len(ids) >= length:
+            break
+    ids += range(own, own + length - len(ids))
+    return tuple(ids)
+
+
+def load(name: str) -> list[Row]:
+    """The rows of a trace, by its name or the path of a file. Raises UnknownName, BadFile and DownloadError."""
+    path = Path(name)
+    if name not in traces.TRACES and (path.suffix in (".csv", ".jsonl", ".gz", ".json") or path.is_file()):
+        return traces.load_file(path)
+    return traces.load(name)
+
+
+def mixed(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The same lengths in another order, with the times where they were: arrivals and lengths apart."""
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    return [replace(other, at_s=row.at_s) for row, other in zip(rows, order, strict=True)]
