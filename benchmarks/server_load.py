@@ -12,6 +12,7 @@ connections   latency of single requests beside 1,000 connections that are open 
 overhead      TTFT of one request at a time over HTTP, less that of the same engine in this process
 shed          CPU that the server spends on a request that it sheds with a 429
 overload      goodput from below capacity to ten times above it, on a real model: smollm2-135m
+tenants       a tenant with a request a second beside one with a hundred, under fcfs and vtc, on the same model
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -35,13 +37,14 @@ from typing import Any
 import uvloop
 
 from millstream.bench import serve
-from millstream.bench.arrivals import arrival_times
 from millstream.bench.backends import BACKENDS, Options
 from millstream.bench.http_client import HttpClient
-from millstream.bench.metrics import percentile
 from millstream.bench.samples import Sample
+from millstream.sim.arrivals import arrival_times
+from millstream.sim.metrics import percentile
 
-NAMES = ("completions", "streams", "connections", "overhead", "shed", "overload")
+NAMES = ("completions", "streams", "connections", "overhead", "shed", "overload", "tenants")
+REAL = ("overload", "tenants")
 CONTEXT = 4096
 SETTLE_S = 12.0
 PROMPT = "the mill stood at a bend of the stream"
@@ -173,8 +176,8 @@ async def run(
         await client.close()
 
 
-async def ready(server: Server) -> None:
-    client = HttpClient(server.url)
+async def ready(server: Server, key: str | None = None) -> None:
+    client = HttpClient(server.url, {"Authorization": f"Bearer {key}"} if key else None)
     try:
         waiting = serve.Run(client, BACKEND, BACKEND.endpoint, Options("tiny", False, True), None)
         await waiting.wait_ready(one(0), 60.0, lambda text: None)
@@ -372,6 +375,62 @@ async def overload(server: Server, seconds: float) -> list[tuple[str, str]]:
     return rows
 
 
+VOCABULARY = [
+    *PROMPT.split(),
+    "water",
+    "wheel",
+    "turned",
+    "slow",
+    "and",
+    "then",
+    "fast",
+    "with",
+    "rain",
+    "all",
+    "night",
+]
+KEYS = {"victim": "victim-key-of-this-run", "aggressor": "aggressor-key-of-this-run"}
+
+
+async def tenants(server: Server, seconds: float, policy: str) -> list[tuple[str, str]]:
+    """The victim alone, and beside the aggressor, whose queue is full all the time; three times in turn."""
+    told = {name: {"Authorization": f"Bearer {key}"} for name, key in KEYS.items()}
+    count = max(10, int(seconds))
+
+    def samples(seed: int, count: int, words: tuple[int, int]) -> list[Sample]:
+        chance = random.Random(seed)
+        return [
+            Sample(" ".join(chance.choices(VOCABULARY, k=chance.randint(*words))), words[1], 16) for _ in range(count)
+        ]
+
+    async def load(name: str, rate: float, count: int, words: tuple[int, int], seed: int) -> list[serve.Call]:
+        # Even, as in the experiment `vtc`: who sends three at once has three times its share for that moment.
+        times = arrival_times(count, rate, burstiness=12.0, seed=seed)
+        found = await run(server, samples(seed, count, words), times, stream=True, headers=told[name])
+        return found.calls
+
+    pairs = []
+    lost = 0
+    for turn in range(3):
+        alone = await load("victim", 1.0, count, (320, 448), turn)
+        flood = asyncio.create_task(load("aggressor", 100.0, 100 * (count + 40), (64, 128), 9))
+        # Until its queue is full.
+        await asyncio.sleep(8.0)
+        beside = await load("victim", 1.0, count, (320, 448), turn)
+        flood.cancel()
+        await asyncio.gather(flood, return_exceptions=True)
+        lost += sum(call.error is not None for call in (*alone, *beside))
+        pairs.append([sorted(call.times[0] - call.due for call in calls if call.times) for calls in (alone, beside)])
+        await asyncio.sleep(2.0)
+    rows = []
+    for place, where in enumerate(("alone", "beside the other")):
+        p50, p99 = (statistics.median(percentile(pair[place], share) for pair in pairs) for share in (50, 99))
+        rows.append((f"{policy}: the small tenant {where}", f"TTFT p50 {ms(p50)}, p99 {ms(p99)} ms"))
+    ratios = sorted(percentile(beside, 99) / percentile(alone, 99) for alone, beside in pairs)
+    told_ratios = f"{statistics.median(ratios):.2f} times ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    return [*rows, (f"{policy}: p99 beside the other, of that alone", f"{told_ratios}; {lost} refused")]
+
+
 TINY = ("--set", "cache.blocks=4096", "--set", "cache.block_size=16", "--set", "runner.threads=1")
 SEATS = ("--set", "sched.max_rows=200")
 WORDS: dict[str, tuple[str, ...]] = {
@@ -381,7 +440,13 @@ WORDS: dict[str, tuple[str, ...]] = {
         *("--set", "supervisor.silence_s=300", "--set", "supervisor.stall_s=300"),
     ),
     "overload": ("--weights", "blocks", "--max-queued-requests", "32"),
+    "tenants": (
+        *("--weights", "blocks", "--no-enable-prefix-caching", "--max-queued-requests", "256"),
+        *(word for name, key in KEYS.items() for word in ("--api-key", f"{name}:{key}")),
+    ),
 }
+# A server for each policy.
+POLICIES = {"tenants": ("fcfs", "vtc")}
 
 
 def measure(names: list[str], seconds: float) -> list[tuple[str, str]]:
@@ -389,15 +454,18 @@ def measure(names: list[str], seconds: float) -> list[tuple[str, str]]:
     with tempfile.TemporaryDirectory(prefix="millstream-load-") as scratch:
         folder = Path(scratch)
         model = write_model(folder / "tiny")
-        for name in names:
-            real = name == "overload"
+        for name, policy in [(one, policy) for one in names for policy in POLICIES.get(one, ("",))]:
+            real = name in REAL
             words = () if real else (*TINY, *SEATS)
+            words += ("--scheduling-policy", policy) if policy else ()
             with serving("smollm2-135m" if real else model, folder, *words, *WORDS.get(name, ())) as server:
 
-                async def work(name: str = name, server: Server = server) -> list[tuple[str, str]]:
-                    await ready(server)
+                async def work(
+                    name: str = name, policy: str = policy, server: Server = server
+                ) -> list[tuple[str, str]]:
+                    await ready(server, KEYS["victim"] if name == "tenants" else None)
                     how: Callable[..., Any] = globals()[name]
-                    given = (model,) if name == "overhead" else ()
+                    given = (model,) if name == "overhead" else (policy,) if policy else ()
                     found: list[tuple[str, str]] = await how(server, seconds, *given)
                     return found
 

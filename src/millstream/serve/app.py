@@ -25,10 +25,10 @@ from millstream.serve import admin_routes, base_routes, batch_routes, files, vec
 from millstream.serve import batches as batches_module
 from millstream.serve.admission import Admission
 from millstream.serve.anthropic import routes as messages
-from millstream.serve.auth import Keyring, entries_of
+from millstream.serve.auth import Keyring, check_rights, entries_of
 from millstream.serve.batch_lines import Answer
 from millstream.serve.batches import Batches
-from millstream.serve.caller import Caller, caller_of
+from millstream.serve.caller import ALL_RIGHTS, Caller, caller_of
 from millstream.serve.config import ServeConfig
 from millstream.serve.door import Door, Receive, Salts, Scope, Send, new_request_id, pattern_of
 from millstream.serve.errors import told
@@ -79,6 +79,7 @@ class App:
         self.config = config = build(ServeConfig, tree.get("serve", {}), "serve")
         self.keys = Keyring(entries_of(config.auth))
         config.check(len(self.keys) > 0)
+        check_rights(config.auth, self.keys)
         self.salts = Salts()
         name = config.api.model_names[0] if config.api.model_names else shown_name(str(tree.get("model", "")))
         self.watched = Observatory.of(config.watch, name)
@@ -157,6 +158,7 @@ class App:
             served = await service.load()
             if service is not self.service and Kind.EMBED not in served.facts.limits.kinds:
                 raise ConfigError(f"embedding.model: {served.name} gives no vectors")
+            self._look_at_rights()
         except EngineClosed:
             pass
         except MillstreamError as error:
@@ -165,6 +167,18 @@ class App:
         except Exception as error:
             self.failed = MillstreamError("the model cannot be served; the log says why")
             _log.exception("the model cannot be served: %s", type(error).__name__)
+
+    def _look_at_rights(self) -> None:
+        served = [service.served for service in self.services if service.served is not None]
+        if len(served) < len(self.services):
+            return
+        known = sorted({name for one in served for name in one.names})
+        for tenant, rights in self.door.rights.items():
+            for name in rights.models:
+                if name not in known:
+                    _log.warning(
+                        "serve.auth.rights.%s: no model is called %r here, only %s", tenant, name, ", ".join(known)
+                    )
 
     async def drain(self) -> None:
         """The server takes nothing any more: work in the background stops, so that the rest has the engine alone."""
@@ -192,8 +206,10 @@ class App:
         config = build(ServeConfig, tree.get("serve", {}), "serve")
         keys = Keyring(entries_of(config.auth))
         config.check(len(keys) > 0)
+        check_rights(config.auth, keys)
         old, self.keys = self.keys, keys
-        self.door.keys = keys
+        self.door.keys, self.door.rights = keys, config.auth.rights
+        self._look_at_rights()
         for gate in self.gates:
             gate.config = config.admission
         old.close()
@@ -235,7 +251,8 @@ class App:
     async def execute(self, endpoint: str, body: bytes, owner: str, label: str) -> Answer:
         """Answers a line of a batch as the route of `endpoint` would, in the background, in the name of `owner`."""
         entry, _ = self.table.find("POST", endpoint)
-        caller = Caller(new_request_id(), owner, label, self.salts.of(owner), background=True)
+        rights = self.door.rights.get(owner, ALL_RIGHTS)
+        caller = Caller(new_request_id(), owner, label, self.salts.of(owner), background=True, rights=rights)
         return await ask(entry.route.app, endpoint, body, caller)
 
 

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from millstream.core.errors import BadFile, ConfigError
+from millstream.core.errors import BadFile, ConfigError, nearest
 from millstream.serve.caller import Overloaded
 from millstream.serve.config import AuthConfig
 
@@ -115,6 +115,11 @@ class Keyring:
                 salt, _, digest = rest.partition(":")
                 self._slow.append(_Slow(name, bytes.fromhex(salt), bytes.fromhex(digest)))
 
+    @property
+    def tenants(self) -> list[str]:
+        """The names that the keys stand for."""
+        return sorted({name for name, _ in self._fast} | {one.name for one in self._slow})
+
     def __len__(self) -> int:
         return len(self._fast) + len(self._slow)
 
@@ -162,6 +167,15 @@ class Keyring:
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def check_rights(config: AuthConfig, keys: Keyring) -> None:
+    """Raises ConfigError for rights of a name that no key has: a key whose limits do not hold is worse than none."""
+    for name in config.rights:
+        if name not in keys.tenants:
+            close = nearest(name, keys.tenants)
+            hint = f"; the nearest is {close!r}" if close else ""
+            raise ConfigError(f"serve.auth.rights.{name}: there is no key of that name{hint}")
 
 
 def entries_of(config: AuthConfig) -> list[str]:

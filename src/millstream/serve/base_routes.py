@@ -93,14 +93,18 @@ def routes(
         return _json(await load())
 
     async def models(request: Request) -> Response:
-        return _json(ModelList(data=[card(facts, name) for facts, own in await names() for name in own]))
+        return _json(ModelList(data=[card(facts, name) for facts, own in await allowed(request) for name in own]))
 
     async def model(request: Request) -> Response:
         name = request.path_params["model"]
-        found = {one: facts for facts, own in await names() for one in own}
+        found = {one: facts for facts, own in await allowed(request) for one in own}
         if name not in found:
             raise UnknownModel(name[:200], found)
         return _json(card(found[name], name))
+
+    async def allowed(request: Request) -> Sequence[tuple[ModelFacts, Sequence[str]]]:
+        rights = caller_of(request).rights
+        return [(facts, own) for facts, own in await names() if rights.may_use(own)]
 
     def card(facts: ModelFacts, name: str) -> ModelCard:
         kinds = sorted(kind.value for kind in facts.limits.kinds)

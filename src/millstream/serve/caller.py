@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +10,28 @@ from starlette.requests import Request
 
 from millstream.core.errors import MillstreamError
 from millstream.core.request import Slo
+
+# The attribute of a route's handler that turns callers away, with Overloaded, before anything is read of what they ask.
+LOOK = "look"
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What a key may ask for: `[serve.auth.rights.NAME]`.
+
+    `models` are names of models as clients call them; without any it may use all. Without `control_tokens` the token
+    ids that it sends are those of text: none may be a control token but what stands before and behind every text.
+    """
+
+    models: tuple[str, ...] = ()
+    control_tokens: bool = True
+
+    def may_use(self, names: Iterable[str]) -> bool:
+        """Whether a model of these names."""
+        return not self.models or any(name in self.models for name in names)
+
+
+ALL_RIGHTS = Rights()
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +42,7 @@ class Caller:
     client sent as X-Request-Id, never a key. `tenant` is the name that the API key stands for, "" without keys. `salt`
     keeps the cached prefixes of tenants apart: the default of a request's `cache_salt`. `background` requests, those of
     batches, take part only in steps that nobody else needs. `deadline_s` is that of the header X-Request-Timeout, known
-    before the body is.
+    before the body is. `rights` are those of the key.
     """
 
     request_id: str
@@ -29,6 +52,7 @@ class Caller:
     background: bool = False
     traceparent: str = ""
     deadline_s: float | None = None
+    rights: Rights = ALL_RIGHTS
 
 
 def caller_of(request: Request) -> Caller:

@@ -9,6 +9,7 @@ from typing import Any
 
 from millstream.core.errors import ConfigError
 from millstream.serve.batch_lines import BatchLimits
+from millstream.serve.caller import Rights
 from millstream.serve.files import FileLimits
 from millstream.serve.observatory import WatchConfig
 from millstream.serve.responses.kept import KeptLimits
@@ -18,11 +19,13 @@ from millstream.serve.service import ApiConfig
 @dataclass(frozen=True, slots=True)
 class AuthConfig:
     """`keys` and the lines of `file` are written as `auth.py` tells. Without any, everybody is let in, which a server
-    that others can reach only does when `allow_unauthenticated`."""
+    that others can reach only does when `allow_unauthenticated`. `rights` are by the names of keys; those that are not
+    named may do everything."""
 
     keys: tuple[str, ...] = ()
     file: str = ""
     allow_unauthenticated: bool = False
+    rights: Mapping[str, Rights] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

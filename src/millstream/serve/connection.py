@@ -20,10 +20,50 @@ from millstream.serve.errors import Told
 _log = logging.getLogger("millstream.serve")
 
 Refusal = Callable[[int], None]
+# Of an answer, so much at most waits for what else comes in the same turn of the event loop.
+JOIN_BYTES = 16 << 10
+REST_S = 2.0
 
 
 class _HeadTooLarge(Exception):
     """Ends the parsing; what is to be told is told already."""
+
+
+class _Joining:
+    """A transport that writes what comes in one turn of the event loop at once: head and body of an answer are one
+    packet, which wakes its reader once."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._pieces:
+            self._loop.call_soon(self.flush)
+        self._pieces.append(data)
+        self._size += len(data)
+        # Whoever writes much must feel when its reader takes nothing.
+        if self._size >= JOIN_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pieces:
+            data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces, self._size = [], 0
+            if not self._transport.is_closing():
+                self._transport.write(data)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._pieces, self._size = [], 0
+        self._transport.abort()
 
 
 class Connection(HttpToolsProtocol):
@@ -42,11 +82,12 @@ class Connection(HttpToolsProtocol):
     _dry_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _rest_timer: asyncio.TimerHandle | None = None
 
     # -- the connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(cast(asyncio.Transport, transport))
+        super().connection_made(cast(asyncio.Transport, _Joining(cast(asyncio.Transport, transport), self.loop)))
         # Paths may hold what clients say; what is to be logged of a request, others log.
         self.access_log = False
         if len(self.connections) > self.limits.connections and not self._make_room():
@@ -64,7 +105,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.idle.pop(self, None)
-        for timer in (self._head_timer, self._stall_timer):
+        for timer in (self._head_timer, self._stall_timer, self._rest_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -112,11 +153,17 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_body = False
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
         self._dry_bytes = 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._in_body and self._rest_timer is None:
+            # It was answered before its body was there. What is left of it is read over, but not waited for.
+            self._rest_timer = self.loop.call_later(REST_S, self.transport.abort)
         if self.transport.is_closing():
             # What is still to be written is not waited for without end.
             self._watch_reader()

@@ -19,12 +19,11 @@ from dataclasses import replace
 from typing import Any
 
 import msgspec
-from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 
 from millstream.serve.auth import Keyring, key_given
 from millstream.serve.body import check_depth
-from millstream.serve.caller import Caller
+from millstream.serve.caller import ALL_RIGHTS, Caller
 from millstream.serve.config import LimitsConfig, ServeConfig, is_loopback
 from millstream.serve.errors import CLIENT_GONE, Refused, Told, telling
 from millstream.serve.policy import SMALL_BYTES, Access, Body, Entry, Table, openai_errors
@@ -40,11 +39,13 @@ MAX_TRACEPARENT = 64
 FORM_BYTES = 64 << 10
 # Before a refusal, what is read of a body that nobody wants: a client that still writes may lose the answer otherwise.
 DISCARD_BYTES, DISCARD_S = 1 << 20, 0.5
+SMALL_UNREAD = 32 << 10
 # From here on brackets are counted on a thread.
 ASIDE_BYTES = 256 << 10
 
 _READ = ("host", "origin", "authorization", "x-api-key", "x-request-id", "x-request-timeout", "traceparent",
          "content-type", "content-length", "content-encoding", "transfer-encoding", "expect")  # fmt: skip
+_OURS = frozenset({b"x-request-id", b"x-millstream-request-id", b"x-content-type-options", b"x-millstream-warning"})
 _NAMES = {name.encode(): name for name in _READ}
 
 _log = logging.getLogger("millstream.serve")
@@ -81,11 +82,13 @@ class Salts:
 class Door:
     """An ASGI app. With `admin` it is the door of the admin listener: the only keys are the admin's.
 
-    `keys` may be exchanged while requests are inside.
+    `keys` and `rights` may be exchanged while requests are inside.
     """
 
     def __init__(self, table: Table, config: ServeConfig, keys: Keyring, salts: Salts, *, admin: bool = False) -> None:
         self.table, self.config, self.keys, self.salts, self.admin = table, config, keys, salts, admin
+        self.rights = config.auth.rights
+        self._private = config.private and not config.uds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -120,8 +123,11 @@ class Door:
             if tenant is None and entry.policy.access is not Access.OPEN:
                 raise _no_key(headers)
             if tenant:
-                caller = replace(caller, tenant=tenant, salt=self.salts.of(tenant))
+                rights = self.rights.get(tenant, ALL_RIGHTS)
+                caller = replace(caller, tenant=tenant, salt=self.salts.of(tenant), rights=rights)
                 state["caller"] = caller
+            if entry.look is not None:
+                entry.look(caller)
             body = BoundedBody(receive, self._limit(entry, headers), entry.policy.body, self.config.limits)
             scope["path_params"] = params
             await entry.route.app(scope, body, sending)
@@ -137,8 +143,8 @@ class Door:
                 # The connection breaks off here: there is no other way to say that this was not all.
                 return
             rest = body or BoundedBody(receive, 0, Body.NONE, self.config.limits, _has_body(headers))
-            # Who asks whether to send a body is told no, and reading would say yes.
-            whole = "expect" not in headers and await rest.discard()
+            # Who asks whether to send a body is told no, and reading would say yes. A small one is read over later.
+            whole = "expect" not in headers and (_is_small(headers) or await rest.discard())
             shape = openai_errors if entry is None else entry.policy.errors
             await _answer(
                 sending, known, shape(known, caller.request_id), close=not whole, head=scope["method"] == "HEAD"
@@ -170,7 +176,7 @@ class Door:
             if name not in allowed and host not in allowed:
                 raise Refused(421, "misdirected", f"this server does not answer to the name {name[:100]!r}")
             return
-        trusting = not len(self.keys) and self.config.private and not self.config.uds
+        trusting = not len(self.keys) and self._private
         if (self.admin or trusting) and name and not _is_address(name) and not is_loopback(name):
             raise Refused(
                 421, "misdirected", f"this server does not answer to the name {name[:100]!r}: see serve.allowed_hosts"
@@ -224,13 +230,16 @@ class Door:
     # -- what is said
 
     def _mark(self, message: Message, caller: Caller, state: MutableMapping[str, Any]) -> None:
-        headers = MutableHeaders(raw=list(message.get("headers", ())))
-        headers["X-Request-Id"] = caller.label or caller.request_id
-        headers["X-Millstream-Request-Id"] = caller.request_id
+        given = [pair for pair in message.get("headers", ()) if pair[0] not in _OURS]
+        ours = caller.request_id.encode()
+        given += [
+            (b"x-request-id", caller.label.encode("latin-1") or ours),
+            (b"x-millstream-request-id", ours),
+            (b"x-content-type-options", b"nosniff"),
+        ]
         if warnings := state.get("warnings"):
-            headers["X-Millstream-Warning"] = "; ".join(warnings)[:1000]
-        headers.setdefault("X-Content-Type-Options", "nosniff")
-        message["headers"] = headers.raw
+            given.append((b"x-millstream-warning", "; ".join(warnings)[:1000].encode("latin-1", "replace")))
+        message["headers"] = given
 
 
 class BoundedBody:
@@ -325,6 +334,12 @@ def _headers(scope: Scope) -> dict[str, bytes]:
     return found
 
 
+def _is_small(headers: dict[str, bytes]) -> bool:
+    """Whether it has said that its body is so small that it is sent, or on its way, as a whole."""
+    length = headers.get("content-length", b"")
+    return "transfer-encoding" not in headers and length.isdigit() and len(length) < 6 and int(length) <= SMALL_UNREAD
+
+
 def _has_body(headers: dict[str, bytes]) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", b"0") != b"0"
 
@@ -357,6 +372,9 @@ def _host_name(host: str) -> str:
 
 
 def _is_address(name: str) -> bool:
+    if name == "127.0.0.1":
+        # The usual one, without what it takes to find that out.
+        return True
     try:
         ipaddress.ip_address(name)
     except ValueError:

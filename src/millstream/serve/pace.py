@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 # Of the deadline: ending later than this says that there are too many; a new one must be through within that.
-LATE, SHARE = 0.85, 0.75
+LATE, SHARE = 0.85, 0.8
 # For so long after it was last too full the number inside is bounded.
 MEMORY_S = 10.0
 # The rate is that of about so many seconds in which somebody was inside, and means nothing before so many have ended.

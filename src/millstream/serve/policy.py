@@ -19,6 +19,7 @@ from millstream.serve.anthropic import shapes as anthropic
 from millstream.serve.anthropic.events import error_body, error_kind
 from millstream.serve.batch_routes import BatchAsk
 from millstream.serve.batches import BatchObject
+from millstream.serve.caller import LOOK, Caller
 from millstream.serve.errors import Refused, Told
 from millstream.serve.files import FileObject
 from millstream.serve.openai.shapes import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk, TokensAsk
@@ -210,12 +211,13 @@ POLICIES: Mapping[tuple[str, str], Policy] = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A route with its policy, for one method."""
+    """A route with its policy, for one method. `look` turns callers away for whom there is no room (Overloaded)."""
 
     method: str
     pattern: str
     policy: Policy
     route: Route
+    look: Callable[[Caller], None] | None = None
 
 
 class Table:
@@ -235,7 +237,9 @@ class Table:
                     )
                 if key in self.entries:
                     raise ConfigError(f"route {method} {route.path} is there twice")
-                entry = self.entries[key] = Entry(method, route.path, policy, route)
+                entry = self.entries[key] = Entry(
+                    method, route.path, policy, route, getattr(route.endpoint, LOOK, None)
+                )
                 if "{" in route.path:
                     self._patterns.setdefault(route.path, (route.path_regex, {}))[1][method] = entry
                 else:

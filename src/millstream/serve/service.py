@@ -24,7 +24,7 @@ from millstream.core.request import MAX_N, Kind, SamplingParams, Slo, Tokens
 from millstream.core.request import Request as Ask
 from millstream.core.sequence import Finish
 from millstream.engine.remote import load_tokenizer
-from millstream.serve.caller import Caller, DeadlinePassed, Gate, Seat, caller_of
+from millstream.serve.caller import ALL_RIGHTS, LOOK, Caller, DeadlinePassed, Gate, Rights, Seat, caller_of
 from millstream.serve.errors import CLIENT_GONE, ClientGone, Refused, telling
 from millstream.serve.observatory import Call, Observatory
 from millstream.serve.openai.shapes import DEFAULTS, Sampling, salt_of, slo_of
@@ -164,24 +164,27 @@ class Service:
         self.served = Served(facts, tokenizer, compiler, names, defaults)
         return self.served
 
-    def served_model(self, name: str | None) -> Served:
+    def served_model(self, name: str | None, rights: Rights = ALL_RIGHTS) -> Served:
         """The served model, where `name` is one of its names or not given, or the one beside it of that name.
 
-        Raises EngineAway and UnknownModel.
+        Raises EngineAway, and UnknownModel for one that is not there, or not for whoever has these rights.
         """
         found = [one.served for one in (self, *self.beside) if one.served is not None]
-        for served in found:
+        allowed = [served for served in found if rights.may_use(served.names)]
+        for served in allowed:
             if name in served.names:
                 return served
         if self.served is None or (name is not None and len(found) <= len(self.beside)):
             raise EngineAway("the model is being loaded")
         if name is not None:
-            raise UnknownModel(name[:200], [one for served in found for one in served.names])
+            raise UnknownModel(name[:200], [one for served in allowed for one in served.names])
+        if self.served not in allowed:
+            raise Refused(403, "forbidden", "this key may not use the model that answers where none is named", "model")
         return self.served
 
-    def model(self, name: str | None, kind: Kind = Kind.GENERATE) -> Served:
+    def model(self, name: str | None, rights: Rights, kind: Kind = Kind.GENERATE) -> Served:
         """The same, for what not every model does, of those that are served from here. Raises BadRequest too."""
-        served = self.served_model(name)
+        served = self.served_model(name, rights)
         kinds = served.facts.limits.kinds
         if kind not in kinds or served is not self.served:
             paths = [path for one in Kind if one in kinds for path in PATHS.get(one, ())]
@@ -213,6 +216,20 @@ class Service:
 
         return await self.either(size, all_of_them)
 
+    def check_ids(self, ids: list[int], served: Served, param: str, rights: Rights) -> None:
+        """Raises BadRequest for a control token among token ids of a client that may send none.
+
+        What stands before and behind every text is let pass: `/tokenize` gives it too.
+        """
+        if rights.control_tokens:
+            return
+        tokenizer = served.tokenizer
+        inner = ids[int(ids[:1] == [tokenizer.bos_id]) :]
+        inner = inner[:-1] if inner[-1:] == [tokenizer.last_id] else inner
+        for token in inner:
+            if token in tokenizer.special_ids:
+                raise BadRequest(param, token, "ids of text: this key may not send control tokens")
+
     def check_bytes(self, count: int, param: str) -> None:
         if count > self.config.prompt_bytes:
             raise Refused(
@@ -225,29 +242,41 @@ class Service:
     # -- requests
 
     def watch(self, operation: str, route: str) -> Callable[[Handler], Handler]:
-        """A handler whose requests are counted and logged once, however they end. Its job ends those that begin."""
+        """A handler whose requests are counted and logged once, however they end. Its job ends those that begin.
+
+        It has a `look` for the door, which is there before the body is.
+        """
+
+        def look(caller: Caller) -> None:
+            try:
+                self.gate.look(caller)
+            except Exception as error:
+                end(self._call(caller, operation, route), error)
+                raise
 
         def around(handler: Handler) -> Handler:
             @functools.wraps(handler)
             async def watched(request: Request) -> Response:
                 call = self.begin(request, operation, route)
                 try:
-                    self.gate.look(caller_of(request))
                     return await handler(request)
                 except BaseException as error:
                     end(call, error)
                     raise
 
+            setattr(watched, LOOK, look)
             return watched
 
         return around
 
     def begin(self, request: Request, operation: str, route: str) -> Call:
         """A request has arrived that is for the engine."""
-        caller = caller_of(request)
+        call = request.state.call = self._call(caller_of(request), operation, route)
+        return call
+
+    def _call(self, caller: Caller, operation: str, route: str) -> Call:
         call = self.watched.begin(caller.request_id, operation, route)
         call.tenant, call.label, call.traceparent = caller.tenant, caller.label, caller.traceparent
-        request.state.call = call
         return call
 
     def job(self, request: Request, ask: Sampling, served: Served, parts: Sequence[Part], most: int | None) -> Job:

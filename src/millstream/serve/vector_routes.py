@@ -74,7 +74,10 @@ def routes(services: Sequence[Service]) -> list[Route]:
         if kind not in FORMATS:
             raise BadRequest("encoding_format", kind, " or ".join(FORMATS))
         texts = _inputs(ask.input)
-        service, served = pick(services, ask.model)
+        service, served = pick(services, ask.model, caller_of(request).rights)
+        for text in texts:
+            if not isinstance(text.value, str):
+                service.check_ids(list(text.value), served, text.param, caller_of(request).rights)
         check_dimensions(ask.dimensions, served.facts.vectors)
         prompts = await prompts_of(service, served, texts, ask.truncate_prompt_tokens)
         found = await compute(request, service, served, ask, prompts)
@@ -91,7 +94,7 @@ def routes(services: Sequence[Service]) -> list[Route]:
             raise BadRequest("top_n", ask.top_n, "an integer from 1")
         _check_count("documents", ask.documents)
         texts = [_document(f"documents[{place}]", one) for place, one in enumerate(ask.documents)]
-        service, served = pick(services, ask.model)
+        service, served = pick(services, ask.model, caller_of(request).rights)
         scores, prompts = await compare(request, service, served, ask, [Text("query", ask.query)], texts)
         results: list[dict[str, Any]] = []
         for place, score in best(scores, ask.top_n):
@@ -107,7 +110,7 @@ def routes(services: Sequence[Service]) -> list[Route]:
         firsts, seconds = _texts("text_1", ask.text_1), _texts("text_2", ask.text_2)
         if len(firsts) not in (1, len(seconds)):
             raise BadRequest("text_2", Told(f"{len(seconds)} texts"), f"as many as text_1 has ({len(firsts)})")
-        service, served = pick(services, ask.model)
+        service, served = pick(services, ask.model, caller_of(request).rights)
         scores, prompts = await compare(request, service, served, ask, firsts, seconds)
         data = [{"object": "score", "index": place, "score": score} for place, score in enumerate(scores)]
         made = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from millstream.core.errors import BadRequest, RequestFault, Told
 from millstream.core.request import Kind, SamplingParams
 from millstream.engine.vectors import floats, probability, similarity
+from millstream.serve.caller import Rights
 from millstream.serve.service import INLINE_CHARS, Job, Part, Served, Service, size_of
 from millstream.text.tokenizer import Tokenizer
 
@@ -39,16 +40,16 @@ class Prompt:
     cut: bool
 
 
-def pick(services: Sequence[Service], name: str | None) -> tuple[Service, Served]:
+def pick(services: Sequence[Service], name: str | None, rights: Rights) -> tuple[Service, Served]:
     """The model of a name, or of None the first that gives vectors, and what serves it.
 
-    Raises UnknownModel, EngineAway, and BadRequest for a model that gives no vectors.
+    Raises Refused, UnknownModel, EngineAway, and BadRequest for a model that gives no vectors.
     """
     for service in services:
         served = service.served
         if served is not None and (name in served.names or (name is None and Kind.EMBED in served.facts.limits.kinds)):
-            return service, service.model(name, Kind.EMBED)
-    return services[-1], services[-1].model(name, Kind.EMBED)
+            return service, service.model(name, rights, Kind.EMBED)
+    return services[-1], services[-1].model(name, rights, Kind.EMBED)
 
 
 async def prompts_of(service: Service, served: Served, texts: Sequence[Text], keep: int | None) -> list[Prompt]:

@@ -121,3 +121,25 @@ def test_the_time_of_a_lookup_does_not_tell_how_near_a_key_was() -> None:
 )  # fmt: skip
 def test_where_a_key_is_found(authorization: bytes | None, x_api_key: bytes | None, key: str) -> None:
     assert key_given(authorization, x_api_key) == key
+
+
+@pytest.mark.long
+def test_the_time_of_a_lookup_tells_nothing_of_how_near_a_key_is() -> None:
+    """10,000 lookups of a key that is wrong in its last character and of one that is wrong in all, in random order:
+    the rank-sum test sees no difference."""
+    key = new_key()
+    ring = Keyring([*(f"t{place}:{new_key()}" for place in range(8)), f"alice:{key}"])
+    near, far = key[:-1] + ("A" if key[-1] != "A" else "B"), "ms-" + "".join("A" if c != "A" else "B" for c in key[3:])
+    order = [near] * 10_000 + [far] * 10_000
+    random.Random(5).shuffle(order)
+    taken = []
+    for given in order:
+        began = time.perf_counter_ns()
+        found = ring.find(given)
+        taken.append(time.perf_counter_ns() - began)
+        assert found is None
+    ranks = {place: rank for rank, place in enumerate(sorted(range(len(taken)), key=taken.__getitem__))}
+    n = len(order) // 2
+    u = sum(ranks[place] for place, given in enumerate(order) if given is near) - n * (n - 1) / 2
+    z = (u - n * n / 2) / (n * n * (2 * n + 1) / 12) ** 0.5
+    assert abs(z) < 4, f"z = {z:.1f}"

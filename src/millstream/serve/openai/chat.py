@@ -85,7 +85,7 @@ class ChatRoutes:
     async def prepare(self, request: Request, ask: ChatAsk) -> Prepared:
         """Everything about a chat that can be wrong is found here. Raises BadRequest and what `Service` raises."""
         service, config = self.service, self.service.config
-        served = service.model(ask.model)
+        served = service.model(ask.model, caller_of(request).rights)
         if ask.functions or ask.function_call is not None:
             raise BadRequest("functions", "the older form", "tools and tool_choice")
         if ask.logprobs is not True and ask.top_logprobs:
@@ -264,7 +264,7 @@ class ChatRoutes:
     async def render(self, request: Request) -> Response:
         """The exact prompt that a chat comes to: token ids and their text, control tokens spelled."""
         ask = await read(request, ChatAsk, strict=self.service.config.strict, ignored=IGNORED)
-        served = self.service.model(ask.model)
+        served = self.service.model(ask.model, caller_of(request).rights)
         plan = await self.plan(ask, served)
         text = await self.service.either(len(plan.ids), served.tokenizer.decode, plan.ids, False)
         body = {
@@ -314,7 +314,7 @@ class ChatRoutes:
 
     async def count(self, request: Request, body: Mapping[str, Any]) -> int:
         ask = msgspec.convert(dict(body), ChatAsk)
-        served = self.service.model(ask.model)
+        served = self.service.model(ask.model, caller_of(request).rights)
         return len((await self.plan(ask, served)).ids)
 
     def routes(self) -> list[Route]:

@@ -16,6 +16,7 @@ from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest
 from millstream.core.request import Kind
 from millstream.serve.body import read, warn
+from millstream.serve.caller import Rights, caller_of
 from millstream.serve.openai.reading import Counts, Reading, TextLogprobs, prompt_logprobs
 from millstream.serve.openai.shapes import IGNORED, CompletionAsk, params_of, structured_fields
 from millstream.serve.service import Job, Part, Served, Service
@@ -81,13 +82,14 @@ class CompletionRoutes:
     async def prepare(self, request: Request, ask: CompletionAsk) -> Prepared:
         """Raises BadRequest and what `Service` raises."""
         service, config = self.service, self.service.config
-        served = service.model(ask.model)
+        rights = caller_of(request).rights
+        served = service.model(ask.model, rights)
         if ask.suffix:
             raise BadRequest("suffix", ask.suffix, "none: this model does not fill in between two texts")
         n = ask.n or 1
         if ask.best_of is not None and ask.best_of != n:
             raise BadRequest("best_of", ask.best_of, f"n ({n}): outputs are not ranked here")
-        prompts = await self.prompts(ask, served)
+        prompts = await self.prompts(ask, served, rights)
         structured = structured_of(structured_fields(ask))
         held = None
         if structured is not None:
@@ -118,7 +120,7 @@ class CompletionRoutes:
         job = service.job(request, ask, served, parts, most)
         return Prepared(ask, served, job, ask.model or served.name, ask.logprobs)
 
-    async def prompts(self, ask: CompletionAsk, served: Served) -> list[tuple[str | None, list[int]]]:
+    async def prompts(self, ask: CompletionAsk, served: Served, rights: Rights) -> list[tuple[str | None, list[int]]]:
         """Text, where there is one, and tokens of every prompt. Raises BadRequest naming the one that is wrong."""
         given, most = ask.prompt, self.service.config.prompts
         add_bos = False if ask.add_special_tokens is False else None
@@ -128,7 +130,7 @@ class CompletionRoutes:
         if not given:
             raise BadRequest("prompt", given, "a text, token ids, or a list of either")
         if all(type(one) is int for one in given):
-            return [(None, _ids(given, "prompt"))]
+            return [(None, self._ids(given, "prompt", served, rights))]
         if len(given) > most:
             raise BadRequest("prompt", f"{len(given)} prompts", f"at most {most}")
         encoded = iter(
@@ -140,8 +142,13 @@ class CompletionRoutes:
             if isinstance(one, str):
                 found.append((one, _some(next(encoded), one, param)))
             else:
-                found.append((None, _ids(one, param)))
+                found.append((None, self._ids(one, param, served, rights)))
         return found
+
+    def _ids(self, given: Any, param: str, served: Served, rights: Rights) -> list[int]:
+        ids = _ids(given, param)
+        self.service.check_ids(ids, served, param, rights)
+        return ids
 
     async def _spell(self, parts: Sequence[Part], served: Served) -> None:
         """Finds the text of prompts that came as tokens, once for all their outputs."""
@@ -236,8 +243,9 @@ class CompletionRoutes:
     async def render(self, request: Request) -> Response:
         """The exact prompts of a completion: token ids and their text, control tokens spelled."""
         ask = await read(request, CompletionAsk, strict=self.service.config.strict, ignored=IGNORED)
-        served = self.service.model(ask.model)
-        prompts = await self.prompts(ask, served)
+        rights = caller_of(request).rights
+        served = self.service.model(ask.model, rights)
+        prompts = await self.prompts(ask, served, rights)
 
         def all_of_them() -> list[dict[str, Any]]:
             return [

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest
 from millstream.serve.body import check_known, read, warn
+from millstream.serve.caller import caller_of
 from millstream.serve.openai.chat import ChatRoutes
 from millstream.serve.openai.reading import SERVER_FINISHES, Counts
 from millstream.serve.openai.shapes import (
@@ -43,7 +44,7 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         ask = await read(request, TokenizeAsk, strict=self.service.config.strict)
-        served = self.service.served_model(ask.model)
+        served = self.service.served_model(ask.model, caller_of(request).rights)
         if (ask.prompt is None) == (ask.messages is None):
             raise BadRequest("prompt", ask.prompt, "either prompt or messages")
         if ask.prompt is not None:
@@ -72,7 +73,7 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         ask = await read(request, DetokenizeAsk, strict=self.service.config.strict)
-        served = self.service.served_model(ask.model)
+        served = self.service.served_model(ask.model, caller_of(request).rights)
         _check_ids(ask.tokens, served, "tokens")
         text = await self.service.either(len(ask.tokens), served.tokenizer.decode, ask.tokens, ask.skip_special_tokens)
         return Response(_encode({"prompt": text}), media_type="application/json")
@@ -91,7 +92,8 @@ class TokenRoutes:
         service, config = self.service, self.service.config
         if ask.sampling_params is not None:
             ask = _unfolded(request, ask, config.strict)
-        served = service.model(ask.model)
+        rights = caller_of(request).rights
+        served = service.model(ask.model, rights)
         found = [(name, ids) for name in ("token_ids", "prompt_token_ids", "input_ids") if (ids := getattr(ask, name))]
         if len(found) != 1:
             raise BadRequest(
@@ -99,6 +101,7 @@ class TokenRoutes:
             )
         name, ids = found[0]
         _check_ids(ids, served, name)
+        service.check_ids(ids, served, name, rights)
         held, structured = None, structured_of(structured_fields(ask))
         if structured is not None:
             compiled = await served.compiler.check_async(structured[0], structured[1])
