@@ -218,12 +218,12 @@ def _capacity(prepared: Any, slo: dict[str, float], args: argparse.Namespace) ->
 def _list(as_json: bool) -> int:
     from millstream.sched.profiles import kept
     from millstream.sim.published import PUBLISHED
-    from millstream.sim.traces import TRACES
+    from millstream.sim.traces import TRACES, UNTIMED
 
     if as_json:
-        print(json.dumps({"traces": list(TRACES), "profiles": [*kept(), *PUBLISHED]}))
+        print(json.dumps({"traces": [*TRACES, *UNTIMED], "profiles": [*kept(), *PUBLISHED]}))
         return 0
-    print("traces    " + ", ".join(TRACES) + ", or a file")
+    print("traces    " + ", ".join([*TRACES, *UNTIMED]) + ", or a file")
     print("profiles  " + (", ".join(kept()) or "none of this machine: millstream calibrate MODEL makes one"))
     print("          " + ", ".join(PUBLISHED))
     return 0

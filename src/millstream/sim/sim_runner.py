@@ -55,8 +55,9 @@ class SimRunner:
         self.clock, self.cost, self.block_s, self.noise, self.slowdown = clock, cost, block_s, noise, slowdown
         self._capacity = Capacity(plans, block_size, dict(blocks), dict(host_blocks or {}))
         self._random = random.Random(seed)
-        self._free_at = 0.0
-        self._serial = _SAMPLED
+        self.free_at = 0.0
+        self.serial = _SAMPLED
+        self.last: StepPlan | None = None  # the plan that was collected last
         self.launched: list[Launched] = []
         self.busy_s = 0.0
 
@@ -70,8 +71,8 @@ class SimRunner:
         if self.noise:
             seconds *= self._random.lognormvariate(0.0, self.noise)
         seconds *= self.slowdown
-        done_at = max(self.clock.now(), self._free_at) + seconds
-        self._free_at = done_at
+        done_at = max(self.clock.now(), self.free_at) + seconds
+        self.free_at = done_at
         self.busy_s += seconds
         ticket = Launched(plan, seconds, done_at)
         self.launched.append(ticket)
@@ -83,11 +84,12 @@ class SimRunner:
         del self.launched[0]
         if self.clock.now() < ticket.done_at:
             self.clock.to(ticket.done_at)
+        self.last = ticket.plan
         return StepResult(ticket.plan.id, ticket.seconds, self._settle(ticket.plan))
 
     def _settle(self, plan: StepPlan) -> tuple[Settled, ...]:
         settled: list[Settled] = []
-        serial = self._serial
+        serial = self.serial
         for extend in plan.extends:
             if extend.sample is None:
                 settled.append(Settled(extend.seq, len(extend.tokens)))
@@ -96,7 +98,7 @@ class SimRunner:
                 ask = extend.sample
                 token = STOP if ask.position - ask.num_prompt + 1 >= ask.seed else serial
                 settled.append(Settled(extend.seq, len(extend.tokens), (token,)))
-        self._serial = serial
+        self.serial = serial
         return tuple(settled)
 
     def close(self) -> None:

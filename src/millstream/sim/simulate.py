@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from millstream.core.errors import BadRequest
 from millstream.core.events import Event, Preempted, Stepped
 from millstream.core.request import Hints, Prior, Program, Request, SamplingParams, Slo, Tokens
 from millstream.sched.profiles import Profile
+from millstream.sim.leap import leap
 from millstream.sim.replica import EngineSetting, Replica, build
 from millstream.sim.workload import Call
 
@@ -131,7 +133,8 @@ class Simulation:
     """One run. `slo` gives every request its wishes and deadline, `oracle` tells policies true output lengths.
 
     `max_tokens` is what clients say that they want at most, which is all that a policy may know of an output's length.
-    `progress` hears of each call that ended. With `keep_steps` every step is kept, for a trace.
+    `progress` hears of each call that ended. With `keep_steps` every step is kept, for a trace. Without `leaps` every
+    step is planned, also where it could not be another than the last (`leap.py`).
     """
 
     def __init__(
@@ -147,6 +150,7 @@ class Simulation:
         oracle: bool = False,
         max_tokens: int = 4096,
         keep_steps: bool = False,
+        leaps: bool = True,
         progress: Callable[[], None] | None = None,
     ) -> None:
         if not replicas:
@@ -157,6 +161,9 @@ class Simulation:
         self.slo, self.oracle, self.max_tokens = slo or Slo(), oracle, max_tokens
         self.progress = progress
         self._keep = keep_steps
+        self._leaps = leaps and not keep_steps and setting.plans == 1 and not setting.noise
+        # When something comes from outside: calls, losses, deadlines.
+        self._outside: list[float] = []
         self.made: list[StepMade] = []
         self.replicas = [self._replica(place, name, profile) for place, (name, profile) in enumerate(replicas)]
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -183,7 +190,9 @@ class Simulation:
 
         return build(name, profile, self.setting, self.clock, self.seed + place, (hear,))
 
-    def _at(self, when: float, work: Callable[..., None], *given: object) -> None:
+    def _at(self, when: float, work: Callable[..., None], *given: object, inside: bool = False) -> None:
+        if not inside:
+            heapq.heappush(self._outside, when)
         heapq.heappush(self._heap, (when, next(self._serials), lambda: work(*given)))
 
     def run(self) -> Result:
@@ -296,7 +305,7 @@ class Simulation:
             return
         if replica.engine.launch():
             replica.busy = True
-            self._at(replica.runner.launched[0].done_at, self._done, place, replica.epoch)
+            self._at(replica.runner.launched[0].done_at, self._done, place, replica.epoch, inside=True)
 
     def _done(self, place: int, epoch: int) -> None:
         replica = self.replicas[place]
@@ -304,7 +313,30 @@ class Simulation:
             return  # it was lost meanwhile
         replica.engine.collect()
         replica.busy = False
+        if self._leaps and (times := leap(replica, self.clock.now(), self._quiet_until())):
+            for number in replica.inside:
+                self._served[number].times_s += times
+            self.steps += len(times)
+            replica.runner.free_at = times[-1]
+            replica.busy = True
+            self._at(times[-1], self._go_on, place, epoch, inside=True)
+            return
         self._kick(place)
+
+    def _go_on(self, place: int, epoch: int) -> None:
+        replica = self.replicas[place]
+        if replica.epoch == epoch:
+            replica.busy = False
+            self._kick(place)
+
+    def _quiet_until(self) -> float:
+        """Until when nothing comes from outside."""
+        if self._followers:
+            # What ends anywhere may bring the next call of a session.
+            return self._heap[0][0] if self._heap else math.inf
+        while self._outside and self._outside[0] <= self.clock.now():
+            heapq.heappop(self._outside)
+        return self._outside[0] if self._outside else math.inf
 
     def _lose(self, place: int) -> None:
         replica = self.replicas[place]

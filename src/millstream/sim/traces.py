@@ -49,9 +49,10 @@ class Row:
 
 def load(name: str) -> list[Row]:
     """A trace by its name. Raises UnknownName, BadFile and DownloadError."""
-    if name not in TRACES:
-        raise UnknownName("trace", name, TRACES)
-    source, read = TRACES[name]
+    known = {**TRACES, **UNTIMED}
+    if name not in known:
+        raise UnknownName("trace", name, known)
+    source, read = known[name]
     return _from_zero(read(data.find(source)))
 
 
@@ -159,7 +160,7 @@ def _coding(path: Path) -> Iterator[Row]:
             row = json.loads(line)
             session = str(row["session_id"])
             first = begun.setdefault(session, 60.0 * len(begun))
-            think = max(0.0, float(row["think_time_s"] or 0))
+            think = max(0.0, float(row.get("think_time_s") or 0))
             prompt, output = max(1, int(row["input_tokens"])), max(1, int(row["output_tokens"]))
             yield Row(first, prompt, output, (), "", session, think)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -226,6 +227,9 @@ TRACES: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
     "servegen": ("servegen-small", _servegen),
     "servegen-mid": ("servegen-mid", _servegen),
     "servegen-reason": ("servegen-reason", _servegen),
+}
+# What tells no time for each request: sessions, whose calls wait for each other, and lengths alone.
+UNTIMED: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
     "agents": ("agents-swebench", _agents),
     "agents-coding": ("agents-coding", _coding),
     "lengths": ("sharegpt-lengths", _lengths("sharegpt-lengths")),

@@ -154,7 +154,9 @@ def _prompt(row: Row, length: int, place: int, number: int) -> tuple[int, ...]:
 def load(name: str) -> list[Row]:
     """The rows of a trace, by its name or the path of a file. Raises UnknownName, BadFile and DownloadError."""
     path = Path(name)
-    if name not in traces.TRACES and (path.suffix in (".csv", ".jsonl", ".gz", ".json") or path.is_file()):
+    if name not in {**traces.TRACES, **traces.UNTIMED} and (
+        path.suffix in (".csv", ".jsonl", ".gz", ".json") or path.is_file()
+    ):
         return traces.load_file(path)
     return traces.load(name)
 

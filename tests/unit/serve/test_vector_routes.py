@@ -24,7 +24,7 @@ from millstream.core.errors import BadRequest, MillstreamError
 from millstream.core.request import Kind, Slo
 from millstream.engine.llm import AsyncLLM
 from millstream.engine.vectors import probability
-from millstream.serve.caller import Caller, Overloaded
+from millstream.serve.caller import ALL_RIGHTS, Caller, Overloaded
 from millstream.serve.errors import told
 from millstream.serve.metrics import Metrics
 from millstream.serve.observatory import Observatory
@@ -46,6 +46,7 @@ class Gate:
             raise Overloaded("queue_full", "there is no room", 3.0)
 
     def enter(self, caller: Caller, tokens: int, requests: int, slo: Slo) -> Seat:
+        self.look(caller)
         assert requests == 1, "thousands of texts are one request, and as long as they are"
         self.inside += 1
         return Seat(self, tokens)
@@ -437,7 +438,7 @@ def test_a_model_is_named_or_found(bench, tmp_path):
 
 def test_an_encoder_says_what_it_is_for(bench):
     with pytest.raises(BadRequest, match="/v1/embeddings, /v1/rerank, /v1/score"):
-        bench.service.model("tiny", Kind.GENERATE)
+        bench.service.model("tiny", ALL_RIGHTS)
 
 
 def test_fields_that_nobody_knows_are_told_or_refused(bench, tmp_path):

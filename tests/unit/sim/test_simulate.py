@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_bench import profile, rows, simulate, traffic
 
+from millstream.core import registry
 from millstream.core.errors import BadRequest
 from millstream.core.registry import Choice
 from millstream.core.request import Slo
 from millstream.core.shape import StepShape
+from millstream.sched.scheduler import Scheduler
 from millstream.sim.replica import EngineSetting
 from millstream.sim.simulate import Failure, LeastWork, RoundRobin
 from millstream.sim.traces import Row
@@ -138,6 +140,52 @@ def test_any_traffic_is_served_whole(plan, replicas, plans, preemption) -> None:
     for replica in result.replicas:
         replica.engine.scheduler.ledger.check()
         assert replica.engine.scheduler.ledger.free() == replica.engine.scheduler.ledger.total()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 4), st.integers(1, 400), st.integers(1, 120), st.sampled_from(["", "s", "t"])),
+        min_size=1,
+        max_size=14,
+    ),
+    st.sampled_from(registry.names("policy")),
+    st.integers(1, 3),
+    st.sampled_from([40, 60, 400]),
+    st.sampled_from(["recompute", "swap"]),
+    st.booleans(),
+)
+def test_leaps_change_nothing(plan, policy, replicas, blocks, preemption, fails) -> None:
+    made = [
+        Row(at, prompt, output, (), "ab"[i % 2], session, 0.1) for i, (at, prompt, output, session) in enumerate(plan)
+    ]
+    found = traffic(sorted(made, key=lambda row: row.at_s))
+    setting = EngineSetting(policies=(Choice(policy), Choice("fcfs")), preemption=preemption, host_blocks=60)
+    failures = [Failure(0, 1.0, 0.5)] if fails else []
+    runs = [
+        simulate(
+            found,
+            setting=setting,
+            profiles=[profile(blocks=blocks)] * replicas,
+            leaps=leaps,
+            oracle=True,
+            failures=failures,
+        )
+        for leaps in (False, True)
+    ]
+    slow, fast = runs
+    assert fast.fingerprint == slow.fingerprint and fast.steps == slow.steps and fast.busy_s == slow.busy_s
+    for one, other in zip(fast.replicas, slow.replicas, strict=True):
+        one.engine.scheduler.ledger.check()
+        assert one.engine.scheduler.ledger.stats() == other.engine.scheduler.ledger.stats()
+
+
+def test_there_are_leaps(monkeypatch) -> None:
+    planned = []
+    plan = Scheduler.plan
+    monkeypatch.setattr(Scheduler, "plan", lambda self, now: planned.append(now) or plan(self, now))
+    result = simulate(traffic([Row(0.0, 50, 100), Row(0.0, 60, 100)]))
+    assert len(planned) < 10 < result.steps
 
 
 def test_it_starts_without_torch() -> None:

@@ -7,8 +7,8 @@ import itertools
 import pytest
 from sim_bench import rows
 
-from millstream.core.errors import BadFile, BadRequest, UnknownName
-from millstream.sim import traces, workload
+from millstream.core.errors import BadFile, BadRequest, DownloadError, UnknownName
+from millstream.sim import data, traces, workload
 from millstream.sim.traces import Row
 from millstream.sim.workload import TEXT, Source, calls
 
@@ -112,3 +112,17 @@ def test_clients_of_servegen_come_at_their_rates(tmp_path) -> None:
     assert 1000 < len(found) < 1400 and {row.num_prompt for row in found} == {10, 20}
     assert {row.tenant for row in found} == {"client-4"} and all(row.at_s < 600 for row in found)
     assert found == list(traces._servegen(path)), "the same each time"
+
+
+@pytest.mark.parametrize("name", traces.UNTIMED)
+def test_public_sessions_and_lengths_are_read(name) -> None:
+    try:
+        data.find(traces.UNTIMED[name][0], download=False)
+        found = traces.load(name)
+    except DownloadError:
+        pytest.skip("the trace is not on this machine")
+    assert len(found) > 90 and all(row.num_prompt > 0 and row.num_output > 0 for row in found)
+    if name.startswith("agents"):
+        assert 5 < len({row.session for row in found}) < len(found) / 10 and any(row.think_s > 1 for row in found)
+    else:
+        assert {row.at_s for row in found} == {0.0}
