@@ -67,7 +67,7 @@ class Profile:
 
 
 def folder() -> Path:
-    return home() / "profiles"
+    return home() / "profiles" / "steps"
 
 
 def save(profile: Profile, path: Path | None = None) -> Path:
