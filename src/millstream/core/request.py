@@ -225,34 +225,48 @@ class SamplingParams:
 class Slo:
     """What the client expects, in seconds: first token, pace after it, and the whole.
 
-    `ttft_s` and `tpot_s` are wishes that policies read. `deadline_s` after its arrival a request ends, whatever became
-    of it until then. Raises BadRequest for what is not a positive number.
+    `ttft_s`, `tpot_s` and `e2e_s` (the whole, from arrival) are wishes that policies read. `deadline_s` after its
+    arrival a request ends, whatever became of it until then. Raises BadRequest for what is not a positive number.
     """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     deadline_s: float | None = None
+    e2e_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ttft_s", "tpot_s", "deadline_s"):
+        for name in ("ttft_s", "tpot_s", "deadline_s", "e2e_s"):
             if (seconds := getattr(self, name)) is not None:
                 _number(name, seconds, 0.0, MAX_SECONDS, above=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The place of a call in a workflow of many calls."""
+    """The place of a call in a workflow of many calls: calls of one `thread` follow each other.
+
+    `stage` names the step of the workflow that it is, `parents` are the calls whose ends it waited for. `service_s` is
+    what the program had been served elsewhere when the call was made (seconds of model time, its longest path).
+    """
 
     id: str
     call: int = 0
     thread: int = 0
+    stage: str = ""
+    parents: tuple[int, ...] = ()
+    service_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """What somebody guesses about a request. `oracle` holds the truth and is set only by an experiment's oracle arm."""
+    """What somebody guesses about a request. `oracle` holds the truth and is set only by an experiment's oracle arm.
+
+    `score` is a ranker's: of two requests the one with the higher score is expected to end with fewer tokens.
+    `expected_s` is how long it is expected to take here once it runs.
+    """
 
     expected_output_len: int | None = None
+    score: float | None = None
+    expected_s: float | None = None
     oracle: int | None = None
 
     @property

@@ -106,7 +106,7 @@ class Engine:
         self.counters: Counter[str] = Counter(cold_retries=0, corrupted_requests=0, self_tests=0, timeouts=0)
         self.num_steps = 0
         self.max_running = 0
-        scheduler.observe = self._tell
+        scheduler.observe = self.tell
 
     # -- requests
 
@@ -172,7 +172,7 @@ class Engine:
             self._set_deadline(request.id, group.seqs[0].stamps.arrival + request.slo.deadline_s)
         for seq in group.seqs:
             self.scheduler.add(seq)
-            self._tell(Submitted(now, seq.view))
+            self.tell(Submitted(now, seq.view))
 
     def abort(self, request_id: int) -> None:
         """Ends a request now. Unknown and finished ids are ignored."""
@@ -303,7 +303,7 @@ class Engine:
                 self._fault(seq, _told(error))
         plan = flight.plan
         running = self.scheduler.num_running
-        self._tell(
+        self.tell(
             Stepped(
                 now,
                 plan.id,
@@ -340,7 +340,7 @@ class Engine:
             if settled.kept < count:
                 self.scheduler.ledger.rollback(seq, seq.computed)
             told = Prefilled if count > 1 or extend.start < seq.num_prompt else Computed
-            self._tell(told(now, seq.view, extend.start, settled.kept))
+            self.tell(told(now, seq.view, extend.start, settled.kept))
         if extend.score is not None:
             self._place_scores(seq, extend, settled)
         if settled.vector is not None:
@@ -381,7 +381,7 @@ class Engine:
         seq.stamps.last_token = now
         kept = tuple(logprobs[: len(taken)])
         seq.cumulative_logprob += sum(entry.chosen.logprob for entry in kept)
-        self._tell(Emitted(now, seq.view, len(taken)))
+        self.tell(Emitted(now, seq.view, len(taken)))
         if reason is None:
             prompt_logprobs = None
             if seq.num_output == len(taken) and seq.request.params.prompt_logprobs is not None:
@@ -472,7 +472,7 @@ class Engine:
         seq.cold = True
         seq.void, seq.pending = seq.plans_in_flight, 0
         self.scheduler.forget(seq, now, remember=False)
-        self._tell(Preempted(now, seq.view, "recompute"))
+        self.tell(Preempted(now, seq.view, "recompute"))
 
     def _test_self(self) -> None:
         """Whether the model still computes anything is asked of a prompt of our own, past all caches."""
@@ -545,7 +545,7 @@ class Engine:
         if group.unfinished == 0:
             del self._groups[seq.request.id]
             self._deadline_of.pop(seq.request.id, None)
-        self._tell(Finished(now, seq.view, reason))
+        self.tell(Finished(now, seq.view, reason))
         stamps = seq.stamps
         metrics = RequestMetrics(
             queue_s=None if stamps.admitted is None else stamps.admitted - stamps.arrival,
@@ -582,7 +582,8 @@ class Engine:
     def _usage(seq: Sequence) -> Usage:
         return Usage(seq.num_prompt, seq.num_output, min(seq.cached, seq.num_prompt))
 
-    def _tell(self, event: Event) -> None:
+    def tell(self, event: Event) -> None:
+        """Has policies and listeners hear of what happened."""
         self.scheduler.policy.observe(event)
         for listener in self.listeners:
             listener(event)

@@ -2,12 +2,15 @@
 
 The loop (`scheduler.py`) keeps everything safe: no block is handed out twice, nothing that waits at a gate is launched,
 a victim is only taken for somebody who ranks before it. Policies only prefer; meters only cut.
+
+Policies and meters derive from their protocol, whose methods have no opinion: a plug-in says what it has one on.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,9 +37,13 @@ class Budget:
 
 
 class LoadView:
-    """How the engine stands when a step is planned: read-only, built once a step."""
+    """How the engine stands when a step is planned: read-only, built once a step.
 
-    __slots__ = ("budget", "free_blocks", "now", "running", "total_blocks", "waiting")
+    `hit` tells how many tokens of a sequence that waits are held by the prefix cache now, at most some steps ago.
+    `cost` tells how long steps take, where that is known of this engine.
+    """
+
+    __slots__ = ("budget", "cost", "free_blocks", "hit", "now", "running", "total_blocks", "waiting")
 
     def __init__(
         self,
@@ -45,48 +52,67 @@ class LoadView:
         total_blocks: int,
         waiting: Seq[SeqView],
         running: Seq[SeqView],
+        hit: Callable[[SeqView], int] = lambda seq: 0,
+        cost: StepCost | None = None,
     ) -> None:
         self.now = now
         self.free_blocks = free_blocks
         self.total_blocks = total_blocks
         self.waiting = waiting
         self.running = running
+        self.hit, self.cost = hit, cost
         self.budget = Budget()
 
 
 class Policy(Protocol):
     """Who goes first. Every method must be a pure function of what it was shown, and cheap: it runs every step."""
 
+    preemptive: bool = False
+    """Whether `displaces` is ever true; where no policy of an engine is, nobody is asked."""
+
+    @abstractmethod
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
         """Smaller goes first. Must not change while nothing happens to the sequence, else work is thrown away."""
         ...
 
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
         """Asked for sequences that hold no place yet."""
-        ...
+        return Verdict.ADMIT
 
-    def budget(self, view: LoadView) -> Budget: ...
+    def budget(self, view: LoadView) -> Budget:
+        return Budget()
 
     def victim(self, running: Seq[SeqView], view: LoadView) -> SeqView | None:
         """Who gives up its blocks when they run out; `running` is in rank order. None: no opinion (the last one)."""
-        ...
+        return None
 
-    def observe(self, event: Event) -> None: ...
+    def displaces(self, seq: SeqView, other: SeqView, view: LoadView) -> bool:
+        """Whether `seq`, for which there is no place, may take that of `other`, which runs and ranks after it.
+
+        What `other` has computed is put off or thrown away: say yes only for a difference that is worth it.
+        """
+        return False
+
+    def observe(self, event: Event) -> None:
+        return
 
 
 class Meter(Protocol):
     """Cuts how many tokens a sequence gets in this step. Meters are asked in order, each sees the last one's answer.
 
     Meters are part of the mechanism, so they see the Sequence itself; a meter is made with the ledger.
-    `relieved_by_preemption`: an answer of 0 may change when another sequence gives up its blocks.
     """
 
     relieved_by_preemption: bool
+    """Whether an answer of 0 may change when another sequence gives up its blocks."""
+    counts_places: bool = False
+    """Whether an answer of 0 to one that does not run may change when one that runs gives up its place."""
 
     def begin(self, view: LoadView) -> None:
         """A step is being planned."""
-        ...
+        return
 
+    @abstractmethod
     def fit(self, seq: Sequence, n: int) -> int:
         """At most how many of `n` tokens it may get, 0 for none. Changes nothing: it may be asked again."""
         ...
@@ -94,13 +120,21 @@ class Meter(Protocol):
     def closed(self) -> bool:
         """Whether nobody that does not run yet can get a token any more in this step, so that none is asked about.
 
-        Once true it stays so until the next `begin`.
+        Once true it stays so until the next `begin`, unless somebody gives up its place.
         """
-        ...
+        return False
 
     def take(self, seq: Sequence, n: int) -> None:
         """It gets `n` tokens in this step. Called before slots are allocated, so that blocks can be claimed ahead."""
-        ...
+        return
+
+    def outgrown(self, seq: Sequence) -> bool:
+        """Whether it has come to the end of what this meter claimed for it, and gives up its place to ask for more."""
+        return False
+
+    def gave_up(self, seq: Sequence) -> None:
+        """It lost its place in the step that is being planned."""
+        return
 
 
 class StepCost(Protocol):

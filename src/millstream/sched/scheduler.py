@@ -13,17 +13,20 @@ from collections.abc import Sequence as Seq
 
 from millstream.core.events import Admitted, Event, Preempted
 from millstream.core.plan import FROM_PREVIOUS, Extend, ScoreAsk, StepPlan
-from millstream.core.sequence import Sequence, State
+from millstream.core.sequence import Sequence, SeqView, State
 from millstream.memory.ledger import Ledger
-from millstream.sched.protocol import LoadView, Meter, Policy, Verdict
+from millstream.sched.protocol import LoadView, Meter, Policy, StepCost, Verdict
 from millstream.sched.stack import PolicyStack
+
+# What the prefix cache holds of a sequence that waits is looked up again after so many plans.
+HIT_PASSES = 8
 
 
 class Scheduler:
     """Plans steps over the sequences given to it.
 
     `preemption` is how a victim recovers: "recompute" forgets its KV, "swap" copies it to the host (and falls back to
-    recompute when the host has no room).
+    recompute when the host has no room). `cost` is what policies may know of how long steps take.
     """
 
     def __init__(
@@ -33,18 +36,23 @@ class Scheduler:
         meters: Seq[Meter],
         preemption: str = "recompute",
         observe: Callable[[Event], None] = lambda event: None,
+        cost: StepCost | None = None,
     ) -> None:
         self.ledger = ledger
         self.policy = PolicyStack(policies)
         self.meters = list(meters)
         self.preemption = preemption
         self.observe = observe
+        self.cost = cost
         self.live: dict[int, Sequence] = {}
         self._background: dict[int, Sequence] = {}
         self._aside: frozenset[int] = frozenset()  # stand aside in the step that is being planned
         self._forgotten: list[int] = []
         self._faults: dict[int, tuple[Sequence, Exception]] = {}
         self._plan_ids = itertools.count()
+        self._now = 0.0
+        self._passes = 0
+        self._hits: dict[int, tuple[int, int]] = {}  # of those that wait: when it was looked up, in passes, and the hit
 
     def add(self, seq: Sequence) -> None:
         self.live[seq.id] = seq
@@ -55,6 +63,7 @@ class Scheduler:
         """Ends a sequence's stay: its blocks are given back, remembered for later prompts unless they are suspect."""
         del self.live[seq.id]
         self._background.pop(seq.id, None)
+        self._hits.pop(seq.id, None)
         self.ledger.release(seq, now, remember)
         seq.state = State.FINISHED
         self._forgotten.append(seq.id)
@@ -94,7 +103,8 @@ class Scheduler:
     def _fill(self, now: float) -> list[Extend]:
         """One pass over everybody, the first in rank first; over background work only when nobody else is here."""
         self._aside = frozenset(self._background if len(self._background) < len(self.live) else ())
-        view = self._view(now)
+        self._passes += 1
+        view = self.view(now)
         for meter in self.meters:
             meter.begin(view)
         order = self._order(view)
@@ -105,7 +115,7 @@ class Scheduler:
             if seq.gates or seq.id in out or seq.left <= 0:
                 continue
             if seq.state is not State.RUNNING:
-                held = held or any(meter.closed() for meter in self.meters)
+                held = held or (not self.policy.preemptive and any(meter.closed() for meter in self.meters))
                 if held:
                     continue
             try:
@@ -142,14 +152,22 @@ class Scheduler:
             if verdict is not Verdict.ADMIT:
                 return None, verdict is Verdict.HOLD
             # Cheap refusals first: entering touches the cache.
-            if not self._would_fit(seq):
-                return None, False
+            while not self._would_fit(seq):
+                if not self._displace(seq, order, place, out, view, now):
+                    return None, False
             while not self._enter(seq, now):
-                if (holder := self._aside_holder()) is None:
+                if (holder := self._aside_holder()) is not None:
+                    self._preempt(holder, now)
+                elif not self._displace(seq, order, place, out, view, now):
                     # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
                     return None, True
-                self._preempt(holder, now)
+        elif any(meter.outgrown(seq) for meter in self.meters):
+            self._preempt(seq, now)
+            out.add(seq.id)
+            return None, False
         n = self._fit(seq)
+        while n == 0 and entering and self._displace(seq, order, place, out, view, now):
+            n = self._fit(seq)
         while (holder := self._aside_holder()) is not None and n < self._most(seq):
             self._preempt(holder, now)
             n = self._fit(seq)
@@ -186,18 +204,30 @@ class Scheduler:
             holders = [seq for seq in able if seq.state is State.RUNNING]
             if not any(self._would_fit(seq) for seq in holders):
                 return None
-        view = self._view(now)
+        view = self.view(now)
         return max(holders, key=lambda seq: self.policy.rank(seq.view, view), default=None)
 
-    def _view(self, now: float) -> LoadView:
+    def view(self, now: float) -> LoadView:
+        """What policies are shown of the engine as it stands."""
+        self._now = now
         live: Iterable[Sequence] = self.live.values()
         if self._aside:
             live = [seq for seq in live if seq.id not in self._aside]
         waiting = [seq.view for seq in live if seq.state is not State.RUNNING]
         running = [seq.view for seq in live if seq.state is State.RUNNING]
-        view = LoadView(now, self.ledger.free(), self.ledger.total(), waiting, running)
+        view = LoadView(now, self.ledger.free(), self.ledger.total(), waiting, running, self._hit, self.cost)
         view.budget = self.policy.budget(view)
         return view
+
+    def _hit(self, view: SeqView) -> int:
+        seq = self.live.get(view.id)
+        if seq is None or seq.state is not State.WAITING:
+            return 0
+        at, hit = self._hits.get(seq.id, (-HIT_PASSES, 0))
+        if self._passes - at >= HIT_PASSES:
+            hit = self.ledger.match(seq, self._now)
+            self._hits[seq.id] = (self._passes, hit)
+        return hit
 
     def _fit(self, seq: Sequence) -> int:
         n: int = seq.method.want(seq)
@@ -207,11 +237,14 @@ class Scheduler:
             n = meter.fit(seq, n)
         return n
 
-    def _most(self, seq: Sequence) -> int:
-        """Tokens that it would get if only blocks were there: what the meters leave that preemption cannot relieve."""
+    def _most(self, seq: Sequence, place: bool = False) -> int:
+        """Tokens that it would get if only blocks were there: what the meters leave that preemption cannot relieve.
+
+        With `place`: if it had a place, too.
+        """
         n: int = seq.method.want(seq)
         for meter in self.meters:
-            if not meter.relieved_by_preemption:
+            if not meter.relieved_by_preemption and not (place and meter.counts_places):
                 n = meter.fit(seq, n)
         return n
 
@@ -271,8 +304,25 @@ class Scheduler:
         chosen = self.policy.victim([seq.view for seq in running], view)
         return next((seq for seq in running if chosen is not None and seq.id == chosen.id), running[-1])
 
+    def _displace(
+        self, seq: Sequence, order: list[Sequence], place: int, out: set[int], view: LoadView, now: float
+    ) -> bool:
+        """Takes the place of the last that runs and ranks after `seq`, where a policy wants that for it."""
+        if not self.policy.preemptive or self._most(seq, place=True) <= 0:
+            return False
+        for other in reversed(order[place + 1 :]):
+            if other.state is State.RUNNING and other.id not in out and not other.gates:
+                if not self.policy.displaces(seq.view, other.view, view):
+                    return False
+                self._preempt(other, now)
+                out.add(other.id)
+                return True
+        return False
+
     def _preempt(self, seq: Sequence, now: float) -> None:
         seq.preemptions += 1
+        for meter in self.meters:
+            meter.gave_up(seq)
         how = "swap" if self._swap(seq, now) else "recompute"
         if how == "recompute":
             self.forget(seq, now)

@@ -17,6 +17,11 @@ class PolicyStack:
 
     def __init__(self, policies: Seq[Policy]) -> None:
         self.policies = tuple(policies)
+        self.preemptive = any(policy.preemptive for policy in self.policies)
+        # Who has no opinion is not asked.
+        self._admitting = [policy for policy in self.policies if type(policy).admit is not Policy.admit]
+        self._budgeting = [policy for policy in self.policies if type(policy).budget is not Policy.budget]
+        self._observing = [policy for policy in self.policies if type(policy).observe is not Policy.observe]
         self._failed: list[Policy] = []
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
@@ -28,13 +33,13 @@ class PolicyStack:
         return (*ranks, seq.id)
 
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
-        for policy in self.policies:
+        for policy in self._admitting:
             if (verdict := policy.admit(seq, view)) is not Verdict.ADMIT:
                 return verdict
         return Verdict.ADMIT
 
     def budget(self, view: LoadView) -> Budget:
-        budgets = [policy.budget(view) for policy in self.policies]
+        budgets = [policy.budget(view) for policy in self._budgeting]
         return Budget(
             tokens=min((b.tokens for b in budgets if b.tokens is not None), default=None),
             rows=min((b.rows for b in budgets if b.rows is not None), default=None),
@@ -46,9 +51,12 @@ class PolicyStack:
                 return chosen
         return None
 
+    def displaces(self, seq: SeqView, other: SeqView, view: LoadView) -> bool:
+        return any(policy.displaces(seq, other, view) for policy in self.policies if policy.preemptive)
+
     def observe(self, event: Event) -> None:
         """A policy that cannot follow an event goes on without it: the event has happened, whoever minds."""
-        for policy in self.policies:
+        for policy in self._observing:
             try:
                 policy.observe(event)
             except Exception:

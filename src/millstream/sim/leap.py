@@ -32,7 +32,7 @@ def leap(replica: Replica, now: float, until: float) -> list[float]:
         if need <= ledger.free():
             break
         most //= 2
-    if most < LEAST or replica.engine.scheduler._view(now).budget != Budget():
+    if most < LEAST or replica.engine.scheduler.view(now).budget != Budget():
         return []
     times = _times(replica, now, until, sum(start + 1 for start in starts), len(rows), most)
     if len(times) < LEAST:
@@ -124,7 +124,7 @@ def _write(replica: Replica, rows: list[Sequence], starts: list[int], now: float
             ledger.grow(seq, 1, last)
             seq.computed += 1
         seq.stamps.last_token = last
-        engine._tell(Computed(last, seq.view, starts[place], len(times)))
-        engine._tell(Emitted(last, seq.view, len(times)))
+        engine.tell(Computed(last, seq.view, starts[place], len(times)))
+        engine.tell(Emitted(last, seq.view, len(times)))
     runner.serial += len(times) * count
     engine.num_steps += len(times)

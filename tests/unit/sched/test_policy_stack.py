@@ -9,7 +9,7 @@ import pytest
 from millstream.core import registry
 from millstream.core.errors import ConfigError
 from millstream.core.registry import Choice
-from millstream.sched.protocol import Budget, LoadView, Verdict
+from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
 from millstream.sched.stack import PolicyStack
 
 
@@ -29,7 +29,7 @@ class Seen:
 
 
 @dataclass
-class Says:
+class Says(Policy):
     ranked: tuple = (0,)
     verdict: Verdict = Verdict.ADMIT
     most: Budget = field(default_factory=Budget)

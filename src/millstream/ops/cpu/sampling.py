@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -57,15 +58,14 @@ def sample_tokens_cpu(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     for draw in draws:
         if not 0 <= draw.row < logits.shape[0]:
             raise IndexError(f"row {draw.row} of {logits.shape[0]}")
-    asks = (SamplingAsk * len(draws))(
-        *(
-            (
-                bits_before(draw.seed, draw.index, draw.position),
-                draw.temperature, draw.top_p, draw.min_p, draw.top_k, draw.row,
-            )
-            for draw in draws
+    rows: Any = (
+        (
+            bits_before(draw.seed, draw.index, draw.position),
+            draw.temperature, draw.top_p, draw.min_p, draw.top_k, draw.row,
         )
+        for draw in draws
     )  # fmt: skip
+    asks = (SamplingAsk * len(draws))(*rows)
     tokens = (ctypes.c_int64 * len(draws))()
     args = SamplingArgs(
         logits.data_ptr(), ctypes.addressof(asks), ctypes.addressof(tokens), build.team(),

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from millstream.core.registry import Card
 from millstream.core.sequence import Sequence
 from millstream.memory.ledger import Ledger
-from millstream.sched.protocol import LoadView
+from millstream.sched.protocol import Meter
 
 Reserve = Literal["max", "pow2", "oracle"]
 
@@ -32,23 +32,17 @@ class Config:
             raise ValueError(f"max_tokens must be 0 or more, got {self.max_tokens}")
 
 
-class Contiguous:
+class Contiguous(Meter):
     relieved_by_preemption = True
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
         self.config = config
         self.ledger = ledger
 
-    def begin(self, view: LoadView) -> None:
-        pass
-
     def fit(self, seq: Sequence, n: int) -> int:
         if self.ledger.holds(seq):
             return self.ledger.room(seq, n)
         return n if self.ledger.has_run(self._length(seq)) else 0
-
-    def closed(self) -> bool:
-        return False
 
     def take(self, seq: Sequence, n: int) -> None:
         if not self.ledger.holds(seq) and not self.ledger.reserve(seq, self._length(seq), 0.0, contiguous=True):

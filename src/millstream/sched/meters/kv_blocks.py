@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from millstream.core.registry import Card
 from millstream.core.sequence import Sequence
 from millstream.memory.ledger import Ledger
-from millstream.sched.protocol import LoadView
+from millstream.sched.protocol import LoadView, Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Config:
             raise ValueError(f"watermark must be from 0 to below 1, got {self.watermark}")
 
 
-class KvBlocks:
+class KvBlocks(Meter):
     relieved_by_preemption = True
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
@@ -44,11 +44,11 @@ class KvBlocks:
                 return 0
         return n
 
-    def closed(self) -> bool:
-        return False
-
     def take(self, seq: Sequence, n: int) -> None:
         self._running.add(seq.id)
+
+    def gave_up(self, seq: Sequence) -> None:
+        self._running.discard(seq.id)
 
 
 CARD = Card("kv-blocks", "KV blocks on demand", paper=11)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from millstream.core.registry import Card
 from millstream.core.sequence import Sequence
 from millstream.memory.ledger import Ledger
-from millstream.sched.protocol import LoadView
+from millstream.sched.protocol import LoadView, Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Config:
     max_tokens: int = 2560
 
 
-class PrefillFirst:
+class PrefillFirst(Meter):
     relieved_by_preemption = False
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
@@ -32,9 +32,6 @@ class PrefillFirst:
             return 0 if self._prompt_tokens else n
         over = self._prompt_tokens and self._prompt_tokens + n > self.config.max_tokens
         return 0 if over or n < seq.left else n
-
-    def closed(self) -> bool:
-        return False
 
     def take(self, seq: Sequence, n: int) -> None:
         if seq.left > 1:

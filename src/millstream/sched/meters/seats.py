@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from millstream.core.registry import Card
 from millstream.core.sequence import Sequence
 from millstream.memory.ledger import Ledger
-from millstream.sched.protocol import LoadView
+from millstream.sched.protocol import LoadView, Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,9 @@ class Config:
             raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")
 
 
-class Seats:
+class Seats(Meter):
     relieved_by_preemption = False
+    counts_places = True
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
         self.config = config
@@ -45,6 +46,9 @@ class Seats:
     def take(self, seq: Sequence, n: int) -> None:
         self._rows += 1
         self._seated.add(seq.id)
+
+    def gave_up(self, seq: Sequence) -> None:
+        self._seated.discard(seq.id)
 
 
 CARD = Card("seats", "at most so many sequences at once")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from millstream.core.registry import Card
 from millstream.core.sequence import Sequence
 from millstream.memory.ledger import Ledger
-from millstream.sched.protocol import LoadView
+from millstream.sched.protocol import LoadView, Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Config:
             raise ValueError(f"budget must be at least 1 token, got {self.budget}")
 
 
-class SplitFuse:
+class SplitFuse(Meter):
     relieved_by_preemption = False
 
     def __init__(self, config: Config, ledger: Ledger) -> None:
@@ -49,6 +49,9 @@ class SplitFuse:
 
     def take(self, seq: Sequence, n: int) -> None:
         self._left -= n
+        self._decodes.discard(seq.id)
+
+    def gave_up(self, seq: Sequence) -> None:
         self._decodes.discard(seq.id)
 
 

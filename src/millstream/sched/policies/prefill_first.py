@@ -6,29 +6,14 @@ of the same name (prompts whole, never beside decodes) it is the baseline of Dee
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-
-from millstream.core.events import Event
 from millstream.core.registry import Card
 from millstream.core.sequence import SeqView
-from millstream.sched.protocol import Budget, LoadView, Verdict
+from millstream.sched.protocol import LoadView, Policy
 
 
-class PrefillFirst:
+class PrefillFirst(Policy):
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
         return (0.0 if seq.left > 1 else 1.0,)
-
-    def admit(self, seq: SeqView, view: LoadView) -> Verdict:
-        return Verdict.ADMIT
-
-    def budget(self, view: LoadView) -> Budget:
-        return Budget()
-
-    def victim(self, running: Seq[SeqView], view: LoadView) -> SeqView | None:
-        return None
-
-    def observe(self, event: Event) -> None:
-        pass
 
 
 CARD = Card("prefill-first", "prompts before decodes (stack it before another order)")

@@ -6,13 +6,11 @@ leaves. A request that waits longer than `patience_s` goes before all that wait 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from millstream.core.events import Event
 from millstream.core.registry import Card
 from millstream.core.sequence import SeqView
-from millstream.sched.protocol import Budget, LoadView, Verdict
+from millstream.sched.protocol import LoadView, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +20,7 @@ class Config:
     patience_s: float = 60.0
 
 
-class ShortestRemaining:
+class ShortestRemaining(Policy):
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -32,18 +30,6 @@ class ShortestRemaining:
             expected = seq.max_len - seq.num_prompt
         starving = seq.first_token is None and view.now - seq.arrival > self.config.patience_s
         return (0.0 if starving else 1.0, max(1, expected - seq.num_output), seq.arrival)
-
-    def admit(self, seq: SeqView, view: LoadView) -> Verdict:
-        return Verdict.ADMIT
-
-    def budget(self, view: LoadView) -> Budget:
-        return Budget()
-
-    def victim(self, running: Seq[SeqView], view: LoadView) -> SeqView | None:
-        return running[-1]
-
-    def observe(self, event: Event) -> None:
-        pass
 
 
 CARD = Card("shortest-remaining", "shortest remaining output first, by a hint")

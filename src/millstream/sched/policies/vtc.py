@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from millstream.core.events import Admitted, Computed, Emitted, Event, Finished, Preempted, Submitted
 from millstream.core.registry import Card
 from millstream.core.sequence import SeqView, State
-from millstream.sched.protocol import Budget, LoadView, Verdict
+from millstream.sched.protocol import LoadView, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class _Tenant:
         self.ranks: dict[int, float] | None = None  # of `prompts`, None when something has changed
 
 
-class Vtc:
+class Vtc(Policy):
     def __init__(self, config: Config) -> None:
         self.config = config
         self._tenants: dict[str, _Tenant] = {}  # with requests inside
@@ -102,12 +102,6 @@ class Vtc:
         at, all_of_it = begun
         done = all_of_it - tenant.prompts[seq.id]
         return (1.0, at + self._price(tenant, done - done % self.config.quantum))
-
-    def admit(self, seq: SeqView, view: LoadView) -> Verdict:
-        return Verdict.ADMIT
-
-    def budget(self, view: LoadView) -> Budget:
-        return Budget()
 
     def victim(self, running: Seq[SeqView], view: LoadView) -> SeqView | None:
         """The last in rank of the tenant that has got most."""
