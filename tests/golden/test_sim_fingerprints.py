@@ -10,9 +10,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "sim"))
 from sim_bench import profile, rows, simulate, traffic
 
+from millstream.core import registry
 from millstream.core.registry import Choice
 from millstream.sim.replica import EngineSetting
-from millstream.sim.simulate import Failure, RoundRobin
+from millstream.sim.simulate import Failure
 
 SWAP = EngineSetting(preemption="swap", host_blocks=100)
 VTC = EngineSetting(policies=(Choice("vtc"),))
@@ -23,8 +24,11 @@ VTC = EngineSetting(policies=(Choice("vtc"),))
     [
         ({}, "be09eba8c0f2e720"),
         ({"setting": SWAP, "profiles": [profile(blocks=60)]}, "582851a76daf509a"),
-        ({"setting": VTC, "profiles": [profile(blocks=80)]}, "1865b3ee01540b70"),
-        ({"replicas": 2, "dispatcher": RoundRobin(), "failures": [Failure(0, 1.0, 1.0)]}, "bacdc9555e089218"),
+        ({"setting": VTC, "profiles": [profile(blocks=80)]}, "2fe846722b6d84a0"),
+        (
+            {"replicas": 2, "router": registry.make("router", "round-robin"), "failures": [Failure(0, 1.0, 1.0)]},
+            "bacdc9555e089218",
+        ),
     ],
 )
 def test_a_simulation_comes_out_as_it_always_has(given, fingerprint) -> None:

@@ -19,7 +19,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--seconds", "seconds", float, "leave out what comes later"),
     ("--max-tokens", "max_tokens", int, "the most that clients ask for, which policies know (default 4096)"),
     ("--deadline", "deadline_s", float, "seconds after which requests end"),
-    ("--dispatcher", "dispatcher", str, "which replica is next: least-work (default), round-robin"),
+    ("--router", "router", str, "which replica gets a request: least-work (default), round-robin, ..."),
     ("--prefix", "prefix", str, "radix (default) or none"),
     ("--preemption", "preemption", str, "recompute (default) or swap"),
     ("--host-blocks", "host_blocks", int, "of host memory, for swapped-out requests"),

@@ -31,6 +31,11 @@ class RequestMetrics:
     total_s: float | None
     preemptions: int = 0
 
+    @property
+    def worked_s(self) -> float:
+        """From its first place in a step to its end, waits after preemptions included."""
+        return 0.0 if self.total_s is None or self.queue_s is None else self.total_s - self.queue_s
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -28,6 +28,7 @@ POINTS: Mapping[str, str] = {
     "policy": "millstream.sched.policies",
     "meter": "millstream.sched.meters",
     "step-cost": "millstream.sched.predictors",
+    "router": "millstream.cluster.routers",
     "prefix": "millstream.memory.prefix",
     "evict": "millstream.memory.evict",
     "tier": "millstream.memory.tiers",

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from millstream.cluster.protocol import Member
 from millstream.core import registry
 from millstream.core.cache import CacheGroup
 from millstream.core.clock import VirtualClock
 from millstream.core.events import Event
 from millstream.core.registry import Choice
 from millstream.core.request import Limits
+from millstream.core.shape import StepShape
 from millstream.engine.engine import Engine
 from millstream.memory.ledger import Ledger
 from millstream.sched.profiles import Profile
@@ -48,12 +50,14 @@ class Replica:
     busy: bool = False
     epoch: int = 0
     served: int = 0
-    inside: dict[int, int] = field(default_factory=dict)  # call -> tokens of its prompt
+    inside: set[int] = field(default_factory=set)  # calls
 
-    @property
-    def outstanding(self) -> int:
-        """Tokens of prompts of what is inside."""
-        return sum(self.inside.values())
+
+def member_of(place: int, replica: Replica) -> Member:
+    """What a router sees of it. Its speed is that of a step that is full of one prompt."""
+    cost, tokens = replica.profile.step_cost(), replica.profile.step_tokens
+    seconds = cost.seconds(StepShape(1, tokens, tokens * (tokens + 1) // 2))
+    return Member(place, replica.name, tokens / max(seconds, 1e-9), cost)
 
 
 def build(
@@ -94,6 +98,7 @@ def build(
         [registry.make("policy", choice) for choice in setting.policies],
         [registry.make("meter", choice, ledger=ledger) for choice in meters],
         setting.preemption,
+        cost=profile.step_cost(),
     )
     limits = Limits(VOCAB, profile.max_context, profile.blocks * profile.block_size)
     engine = Engine(scheduler, runner, clock, limits, stop_ids=frozenset({STOP}), listeners=listeners, seed=seed)

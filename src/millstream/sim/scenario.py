@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from millstream.core.errors import ConfigError, UnknownName
+from millstream.core import registry
+from millstream.core.errors import ConfigError
 from millstream.core.registry import Choice
 from millstream.core.request import Slo
 from millstream.sched import profiles
@@ -13,20 +14,32 @@ from millstream.sched.profiles import Profile
 from millstream.sim import workload
 from millstream.sim.published import PUBLISHED
 from millstream.sim.replica import EngineSetting
-from millstream.sim.simulate import DISPATCHERS, Failure, Result, Simulation
+from millstream.sim.simulate import Failure, Result, Simulation
 from millstream.sim.traces import Row
 from millstream.sim.workload import Call, Source
 
 
 @dataclass(frozen=True, slots=True)
 class TenantConfig:
-    """`[[tenants]]`: what one tenant sends. See `workload.Source`; what is not given is that of the scenario."""
+    """`[[tenants]]`: what one tenant sends. See `workload.Source`; what is not given is that of the scenario.
+
+    `priority` and the wishes `ttft_s`, `tpot_s` and `e2e_s` are what policies read; a tenant with wishes is measured by
+    these, not by those of the whole.
+    """
 
     name: str
     trace: str = ""
     rate: float | None = None
     requests: int | None = None
     burstiness: float | None = None
+    priority: int = 0
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    @property
+    def wishes(self) -> bool:
+        return not (self.ttft_s is None and self.tpot_s is None and self.e2e_s is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +66,7 @@ class Scenario:
     replicas: tuple[int, ...] = (1,)
     policies: tuple[Choice, ...] = (Choice("fcfs"),)
     meters: tuple[Choice, ...] = ()
-    dispatcher: str = "least-work"
+    router: Choice = Choice("least-work")
     prefix: Choice = Choice("radix")
     preemption: str = "recompute"
     host_blocks: int = 0
@@ -78,8 +91,6 @@ class Scenario:
     def __post_init__(self) -> None:
         if self.preemption not in ("recompute", "swap"):
             raise ConfigError(f"preemption: got {self.preemption!r}, allowed is recompute or swap")
-        if self.dispatcher not in DISPATCHERS:
-            raise UnknownName("dispatcher", self.dispatcher, DISPATCHERS)
         if len(self.replicas) not in (1, len(self.profiles)) or any(one < 1 for one in self.replicas):
             raise ConfigError(
                 f"replicas: got {', '.join(map(str, self.replicas))}, allowed is one number from 1, or one a profile"
@@ -128,6 +139,8 @@ class Prepared:
                     scenario.burstiness if tenant.burstiness is None else tenant.burstiness,
                     scenario.requests if tenant.requests is None else tenant.requests,
                     scenario.seconds,
+                    Slo(tenant.ttft_s, tenant.tpot_s, scenario.deadline_s, tenant.e2e_s) if tenant.wishes else None,
+                    tenant.priority,
                 )
             )
         # Every replica must be able to take every call.
@@ -162,7 +175,7 @@ class Prepared:
             self.calls(rate) if calls is None else calls,
             replicas,
             setting,
-            DISPATCHERS[scenario.dispatcher](),
+            registry.make("router", scenario.router),
             slo=Slo(deadline_s=scenario.deadline_s),
             failures=[Failure(one.replica, one.at_s, one.for_s) for one in scenario.failures],
             seed=scenario.seed,

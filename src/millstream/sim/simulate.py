@@ -1,7 +1,8 @@
-"""A cluster in virtual time: calls come, a dispatcher picks an engine for each, engines make their steps.
+"""A cluster in virtual time: calls come, a router picks an engine for each, engines make their steps.
 
-Nothing here decides what an engine does: replicas are the production engine (`replica.py`). One heap holds what happens
-and when; ties are broken by the order in which things were put there, so that a run is a function of its inputs.
+Nothing here decides anything: replicas are the production engine (`replica.py`), routers those of `cluster/`. One heap
+holds what happens and when; ties are broken by the order in which things were put there, so that a run is a function
+of its inputs.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import itertools
 import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
+from millstream.cluster.fleet import Fleet, NoEngine
+from millstream.cluster.protocol import Done, Router
+from millstream.core import registry
 from millstream.core.client import Chunk
 from millstream.core.clock import VirtualClock
 from millstream.core.errors import BadRequest
 from millstream.core.events import Event, Preempted, Stepped
-from millstream.core.request import Hints, Prior, Program, Request, SamplingParams, Slo, Tokens
+from millstream.core.request import Prior, Program, Request, SamplingParams, Slo, Tokens
 from millstream.sched.profiles import Profile
 from millstream.sim.leap import leap
-from millstream.sim.replica import EngineSetting, Replica, build
+from millstream.sim.replica import EngineSetting, Replica, build, member_of
 from millstream.sim.workload import Call
 
 
@@ -49,38 +52,6 @@ class Served:
     retries: int = 0
     finish: str = ""
     error: str = ""
-
-
-class Dispatcher(Protocol):
-    """Picks an engine for a call."""
-
-    def pick(self, call: Call, replicas: Sequence[Replica]) -> int:
-        """The place of one of the replicas that are up; there is one at least."""
-        ...
-
-
-class RoundRobin:
-    def __init__(self) -> None:
-        self._next = 0
-
-    def pick(self, call: Call, replicas: Sequence[Replica]) -> int:
-        for _ in replicas:
-            place = self._next % len(replicas)
-            self._next += 1
-            if replicas[place].up:
-                return place
-        raise BadRequest("replicas", "none that is up", "at least one")
-
-
-class LeastWork:
-    """The one with the fewest tokens of prompts inside, for its speed."""
-
-    def pick(self, call: Call, replicas: Sequence[Replica]) -> int:
-        up = [place for place, replica in enumerate(replicas) if replica.up]
-        return min(up, key=lambda place: (replicas[place].outstanding / replicas[place].profile.step_tokens, place))
-
-
-DISPATCHERS: dict[str, Callable[[], Dispatcher]] = {"round-robin": RoundRobin, "least-work": LeastWork}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +113,7 @@ class Simulation:
         calls: Sequence[Call],
         replicas: Sequence[tuple[str, Profile]],
         setting: EngineSetting,
-        dispatcher: Dispatcher | None = None,
+        router: Router | None = None,
         *,
         slo: Slo | None = None,
         failures: Sequence[Failure] = (),
@@ -157,27 +128,32 @@ class Simulation:
             raise BadRequest("replicas", 0, "at least one")
         self.clock = VirtualClock()
         self.calls, self.setting, self.seed = calls, setting, seed
-        self.dispatcher = dispatcher or LeastWork()
         self.slo, self.oracle, self.max_tokens = slo or Slo(), oracle, max_tokens
         self.progress = progress
         self._keep = keep_steps
+        self._context = min(profile.max_context for _, profile in replicas)
         self._leaps = leaps and not keep_steps and setting.plans == 1 and not setting.noise
         # When something comes from outside: calls, losses, deadlines.
         self._outside: list[float] = []
         self.made: list[StepMade] = []
         self.replicas = [self._replica(place, name, profile) for place, (name, profile) in enumerate(replicas)]
+        members = [member_of(place, replica) for place, replica in enumerate(self.replicas)]
+        self.fleet = Fleet(router or registry.make("router", "least-work"), members)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serials = itertools.count()
         self._served: dict[int, Served] = {}
         self._followers: dict[int, list[Call]] = {}
+        self._awaited: dict[int, set[int]] = {}  # by call: the calls that it still waits for
         self._homeless: list[Call] = []
         self.steps = 0
         self._busy_s = [0.0] * len(self.replicas)
         for call in calls:
-            if call.after is None:
+            if not call.after:
                 self._at(call.at_s, self._arrive, call)
-            else:
-                self._followers.setdefault(call.after, []).append(call)
+                continue
+            self._awaited[call.id] = set(call.after)
+            for before in self._awaited[call.id]:
+                self._followers.setdefault(before, []).append(call)
         for failure in failures:
             if not 0 <= failure.replica < len(self.replicas):
                 raise BadRequest("failure", failure.replica, f"a replica from 0 to {len(self.replicas) - 1}")
@@ -217,17 +193,20 @@ class Simulation:
         self._send(call)
 
     def _send(self, call: Call) -> None:
-        if not any(replica.up for replica in self.replicas):
+        served, now = self._served[call.id], self.clock.now()
+        try:
+            request, place = self.fleet.send(self._request(call, served), now)
+        except NoEngine:
             self._homeless.append(call)
             return
-        place = self.dispatcher.pick(call, self.replicas)
-        replica, served = self.replicas[place], self._served[call.id]
+        replica = self.replicas[place]
         served.replica = place
-        replica.inside[call.id] = call.num_prompt
+        replica.inside.add(call.id)
         try:
-            replica.engine.submit(self._request(call, served), lambda chunk: self._hear_chunk(place, call, chunk))
+            replica.engine.submit(request, lambda chunk: self._hear_chunk(place, call, chunk))
         except BadRequest as error:
-            del replica.inside[call.id]
+            replica.inside.discard(call.id)
+            self.fleet.ended(call.id, Done(0, whole=False), now)
             served.error, served.ended_s, served.finish = str(error), self.clock.now(), "error"
             self._over(call)
             return
@@ -238,7 +217,7 @@ class Simulation:
 
     def _request(self, call: Call, served: Served) -> Request:
         # The seed tells the runner, and nobody else, where the output ends.
-        most = max(1, min(self.max_tokens, self.replicas[served.replica].profile.max_context - call.num_prompt))
+        most = max(1, min(self.max_tokens, self._context - call.num_prompt))
         params = SamplingParams(max_tokens=max(most, call.num_output), temperature=0.0, seed=call.num_output)
         prior = (Prior(0, self._told(served)),) if served.times_s else ()
         return Request(
@@ -247,9 +226,10 @@ class Simulation:
             params,
             arrival=served.arrival_s,
             tenant=call.tenant,
-            program=Program(call.session, call.id) if call.session else None,
-            slo=self.slo,
-            hints=Hints(oracle=call.num_output) if self.oracle else Hints(),
+            program=Program(call.session, call.id, call.thread, call.stage, call.after) if call.session else None,
+            slo=self.slo if call.slo is None else call.slo,
+            priority=call.priority,
+            hints=replace(call.hints, oracle=call.num_output) if self.oracle else call.hints,
             prior=prior,
         )
 
@@ -266,13 +246,19 @@ class Simulation:
         if chunk.finish is not None:
             served.ended_s, served.finish, served.error = now, chunk.finish.value, chunk.error or ""
             replica = self.replicas[place]
-            replica.inside.pop(call.id, None)
+            replica.inside.discard(call.id)
+            worked = 0.0 if chunk.metrics is None else chunk.metrics.worked_s
+            self.fleet.ended(call.id, Done(len(served.times_s), served.cached, worked), now)
             replica.served += 1
             self._over(call)
 
     def _over(self, call: Call) -> None:
         for follower in self._followers.pop(call.id, ()):
-            self._at(self.clock.now() + follower.think_s, self._arrive, follower)
+            awaited = self._awaited[follower.id]
+            awaited.discard(call.id)
+            if not awaited:
+                del self._awaited[follower.id]
+                self._at(self.clock.now() + follower.think_s, self._arrive, follower)
         if self.progress is not None:
             self.progress()
 
@@ -342,7 +328,7 @@ class Simulation:
         replica = self.replicas[place]
         if not replica.up:
             return
-        inside = list(replica.inside)
+        inside = [request.id for request in self.fleet.lost(place, self.clock.now())]
         self._busy_s[place] += replica.runner.busy_s
         fresh = self._replica(place, replica.name, replica.profile)
         fresh.up, fresh.epoch, fresh.served = False, replica.epoch + 1, replica.served
@@ -353,7 +339,7 @@ class Simulation:
             self._send(served.call)
 
     def _restore(self, place: int) -> None:
-        self.replicas[place].up = True
+        self.replicas[place].up = self.fleet.members[place].up = True
         waiting, self._homeless = self._homeless, []
         for call in waiting:
             self._send(call)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from millstream.core.errors import BadRequest
+from millstream.core.request import Hints, Slo
 from millstream.sim import traces
 from millstream.sim.arrivals import arrival_times
 from millstream.sim.traces import BLOCK_TOKENS, Row
@@ -27,7 +28,8 @@ _BLOCKS, _SESSIONS, _CALLS = 0, 1 << 37, 1 << 38
 class Call:
     """One request to be. `prompt` are its tokens, `num_output` how long its output will really be.
 
-    A call with `after` begins `think_s` seconds after that call of the same session has ended, else at `at_s`.
+    A call with `after` begins `think_s` seconds after all those calls of the same session have ended, else at `at_s`.
+    `slo` are wishes of its own. `hints` are what somebody guesses of it.
     """
 
     id: int
@@ -36,8 +38,13 @@ class Call:
     num_output: int
     tenant: str = ""
     session: str = ""
-    after: int | None = None
+    after: tuple[int, ...] = ()
     think_s: float = 0.0
+    thread: int = 0
+    stage: str = ""
+    slo: Slo | None = None
+    priority: int = 0
+    hints: Hints = Hints()
 
     @property
     def num_prompt(self) -> int:
@@ -49,7 +56,8 @@ class Source:
     """What one tenant sends: rows of a trace, and what of them is changed.
 
     `rate` is requests a second (None: as recorded): recorded gaps are stretched, or with `burstiness` replaced by
-    random ones (1: Poisson). `speed` replays faster. `count` and `seconds` cut it.
+    random ones (1: Poisson). `speed` replays faster. `count` and `seconds` cut it. `slo` and `priority` are those of
+    its requests.
     """
 
     rows: Sequence[Row]
@@ -59,6 +67,8 @@ class Source:
     burstiness: float | None = None
     count: int | None = None
     seconds: float | None = None
+    slo: Slo | None = None
+    priority: int = 0
 
 
 def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Call]:
@@ -67,6 +77,7 @@ def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Ca
     Raises BadRequest.
     """
     found: list[tuple[float, int, Row, str]] = []
+    sources = list(sources)
     for place, source in enumerate(sources):
         rows = _timed(source, seed + place)
         found += [(row.at_s, place, row, source.tenant or row.tenant) for row in rows]
@@ -81,17 +92,31 @@ def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Ca
         number = next(ids)
         num_output = max(1, min(row.num_output, max_context - 1))
         length = max(1, min(row.num_prompt, max_context - num_output))
-        after = None
+        after: tuple[int, ...] = ()
         if row.session:
             key = (place, row.session)
             base = bases.setdefault(key, _SESSIONS + len(bases) * TEXT)
             prompt = tuple(range(base, base + length))
             if key in sessions:
-                after = sessions[key][1]
+                after = (sessions[key][1],)
             sessions[key] = (base, number)
         else:
             prompt = _prompt(row, length, place, number)
-        out.append(Call(number, at_s, prompt, num_output, tenant, row.session, after, row.think_s))
+        source = sources[place]
+        out.append(
+            Call(
+                number,
+                at_s,
+                prompt,
+                num_output,
+                tenant,
+                row.session,
+                after,
+                row.think_s,
+                slo=source.slo,
+                priority=source.priority,
+            )
+        )
     return out
 
 

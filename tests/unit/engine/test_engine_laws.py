@@ -14,6 +14,8 @@ from millstream.core.request import Kind, SamplingParams
 from millstream.core.sequence import Finish
 from millstream.decode.observers.stop_strings import StopStrings
 from millstream.runner.null_runner import choose, prefix_hash
+from millstream.sched.protocol import Policy
+from millstream.sched.stack import PolicyStack
 from millstream.text.vocabulary import Vocabulary
 
 SPLITFUSE = (Choice("splitfuse", {"budget": 8}), "seats", "kv-blocks")
@@ -171,16 +173,15 @@ def test_what_fails_while_a_plan_is_made_ends_the_request_it_was_made_for(call, 
 
 def test_a_policy_that_cannot_follow_events_is_told_of_once_and_goes_on(caplog):
     bench = Bench(policies=("fcfs",))
-    inner = bench.engine.scheduler.policy.policies[0]
 
-    class Deaf:
-        def __getattr__(self, name):
-            return getattr(inner, name)
+    class Deaf(Policy):
+        def rank(self, seq, view):
+            return (seq.arrival,)
 
         def observe(self, event):
             raise RuntimeError("deaf")
 
-    bench.engine.scheduler.policy.policies = (Deaf(),)
+    bench.engine.scheduler.policy = PolicyStack([Deaf()])
     request = bench.add([1, 2])
     bench.run()
     assert bench.output(request) == bench.truth(request)

@@ -126,7 +126,7 @@ def test_a_plan(own, capsys) -> None:
     ("words", "said"),
     [
         (["--policy", "fcsf"], "fcfs"),
-        (["--dispatcher", "round"], "round-robin"),
+        (["--router", "round"], "round-robin"),
         (["--find-capacity"], "slo"),
         (["--replicas", "x"], "--replicas"),
         (["--rates", "1,x"], "--rates"),

@@ -17,7 +17,7 @@ from millstream.core.request import Slo
 from millstream.core.shape import StepShape
 from millstream.sched.scheduler import Scheduler
 from millstream.sim.replica import EngineSetting
-from millstream.sim.simulate import Failure, LeastWork, RoundRobin
+from millstream.sim.simulate import Failure
 from millstream.sim.traces import Row
 
 SWAP = EngineSetting(preemption="swap", host_blocks=200)
@@ -81,10 +81,10 @@ def test_a_session_waits_for_its_answers_and_thinks() -> None:
 
 def test_work_is_spread_and_a_lost_replica_costs_time_and_no_tokens() -> None:
     found = traffic(rows(80))
-    both = simulate(found, replicas=2, dispatcher=RoundRobin())
+    both = simulate(found, replicas=2, router=registry.make("router", "round-robin"))
     assert {one.replica for one in both.served} == {0, 1}
     assert both.duration_s < simulate(found).duration_s
-    lost = simulate(found, replicas=2, dispatcher=LeastWork(), failures=[Failure(0, 1.0, 2.0)])
+    lost = simulate(found, replicas=2, router=registry.make("router", "least-work"), failures=[Failure(0, 1.0, 2.0)])
     assert any(one.retries for one in lost.served)
     assert all(len(one.times_s) == one.call.num_output for one in lost.served)
     alone = simulate(found, failures=[Failure(0, 1.0, 2.0)])
