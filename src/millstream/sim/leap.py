@@ -7,7 +7,7 @@ down without planning each step; a run with leaps has the fingerprint of one wit
 
 from __future__ import annotations
 
-from millstream.core.events import Computed, Emitted
+from millstream.core.events import Computed, Emitted, Stepped
 from millstream.core.request import Kind
 from millstream.core.sequence import Sequence, State
 from millstream.core.shape import StepShape
@@ -126,5 +126,8 @@ def _write(replica: Replica, rows: list[Sequence], starts: list[int], now: float
         seq.stamps.last_token = last
         engine.tell(Computed(last, seq.view, starts[place], len(times)))
         engine.tell(Emitted(last, seq.view, len(times)))
+    # Policies count what steps took; who listens to steps is told their number otherwise.
+    ledger_free, seconds = ledger.free(), last - now
+    engine.scheduler.policy.observe(Stepped(last, -1, seconds, count, count * len(times), 0, 0, count, ledger_free))
     runner.serial += len(times) * count
     engine.num_steps += len(times)
