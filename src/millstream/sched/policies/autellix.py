@@ -127,6 +127,7 @@ class Autellix(Policy):
         if program is None:
             program = self._programs[name] = self._idle.pop(name) if name in self._idle else _Program()
         program.service = max(program.service, told)
+        program.worked = max(program.worked, told)
         program.calls += 1
         call = _Call(program, program.service, seq.arrival)
         call.level = self._level(call)
