@@ -110,7 +110,7 @@ def test_a_long_program_does_not_starve_beside_a_stream_of_short_ones():
         bench.run()
         return took
 
-    assert waited(2.0) < 100 < waited(0)
+    assert waited(2.0) < 200 and waited(0) > 500
 
 
 def test_calls_that_are_aborted_count_for_what_was_done_of_them_and_nothing_stays_behind():
