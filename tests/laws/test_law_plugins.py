@@ -67,7 +67,7 @@ def test_an_unknown_name_lists_the_names_and_the_nearest(point):
     assert caught.value.exist == known and all(name in str(caught.value) for name in known)
     if known:
         with pytest.raises(UnknownName, match="nearest") as caught:
-            registry.module(point, known[0][:-1] + "x")
+            registry.module(point, known[0][:-1] + "q")
         assert caught.value.nearest in known
     for escape in ("../core", "a.b", "", "__init__", "protocol"):
         with pytest.raises(UnknownName):

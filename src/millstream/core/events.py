@@ -66,7 +66,8 @@ class Finished:
 @dataclass(frozen=True, slots=True)
 class Stepped:
     """A plan came back. It computed `tokens`, `prompt_tokens` of them of prompts; `seconds` is the forward pass,
-    `planning_s` what the scheduler took to make the plan."""
+    `planning_s` what the scheduler took to make the plan. `steps`: a simulation may tell several equal ones at once,
+    `seconds` and `tokens` are then those of all."""
 
     now: float
     plan: int
@@ -78,6 +79,7 @@ class Stepped:
     running: int
     free_blocks: int
     planning_s: float = 0.0
+    steps: int = 1
 
 
 Event = Submitted | Admitted | Computed | Prefilled | Emitted | Preempted | Finished | Stepped

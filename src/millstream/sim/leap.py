@@ -127,7 +127,8 @@ def _write(replica: Replica, rows: list[Sequence], starts: list[int], now: float
         engine.tell(Computed(last, seq.view, starts[place], len(times)))
         engine.tell(Emitted(last, seq.view, len(times)))
     # Policies count what steps took; who listens to steps is told their number otherwise.
-    ledger_free, seconds = ledger.free(), last - now
-    engine.scheduler.policy.observe(Stepped(last, -1, seconds, count, count * len(times), 0, 0, count, ledger_free))
+    free, tokens = ledger.free(), count * len(times)
+    steps = Stepped(last, -1, last - now, count, tokens, 0, 0, count, free, steps=len(times))
+    engine.scheduler.policy.observe(steps)
     runner.serial += len(times) * count
     engine.num_steps += len(times)

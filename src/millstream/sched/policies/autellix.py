@@ -142,7 +142,7 @@ class Autellix(Policy):
             self._waiting.pop(seq_id, None)
 
     def _stepped(self, event: Stepped) -> None:
-        self._steps += 1
+        self._steps += event.steps
         for call in self._stepping:
             call.worked += event.seconds
             call.all_worked += event.seconds
@@ -201,7 +201,8 @@ class Autellix(Policy):
         depth = attained / config.quantum_s
         if config.ratio > 1:
             depth = math.log(depth * (config.ratio - 1) + 1, config.ratio)
-        return min(config.levels - 1, int(depth))
+        # Sums of the same steps may differ in their last digits.
+        return min(config.levels - 1, int(depth + 1e-6))
 
 
 def _name(seq: SeqView) -> str:
