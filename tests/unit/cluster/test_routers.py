@@ -98,3 +98,36 @@ def test_a_prefix_map_knows_whole_blocks_and_forgets_the_ends_first():
     assert known.matched(names, 0) == 8
     known.lost(0)
     assert known.matched(names, 0) == 0
+
+
+def test_a_tenant_stays_where_its_prefix_is_until_its_share_of_that_engine_is_used_up():
+    books = fleet("d2lpm", quantum=1000.0)
+    shared = tuple(range(640))
+    first = books.send(request(1, shared), 0.0)[1]
+    places = []
+    for number in range(2, 12):
+        places.append(books.send(request(number, (*shared, *range(number * 5000, number * 5000 + 64))), 0.0)[1])
+        books.ended(number, Done(60), 0.0)
+    assert places[0] == first and set(places) == {0, 1, 2}
+    router = books.router
+    assert all(deficit <= 1000.0 for deficit in router._deficits[""].values())
+
+
+def test_a_large_share_is_the_longest_prefix_alone_and_who_holds_nothing_is_no_reason():
+    books = fleet("d2lpm", quantum=1e9)
+    shared = tuple(range(640))
+    first = books.send(request(1, shared), 0.0)[1]
+    assert {books.send(request(n, (*shared, n)), 0.0)[1] for n in range(2, 12)} == {first}
+    assert books.send(request(50), 0.0)[1] != first
+
+
+def test_what_a_program_was_served_goes_with_its_calls_and_long_ones_stay_together():
+    books = fleet("autellix", short=100, count="plas")
+    sent, place = books.send(request(1, length=300, session="p"), 0.0)
+    assert sent.program.service_s == 0.0
+    books.ended(1, Done(5, service_s=2.0), 1.0)
+    again, same = books.send(request(2, length=400, session="p"), 1.0)
+    assert again.program.service_s == 2.0 and same == place
+    other = books.send(request(3, length=300, session="q"), 1.0)[1]
+    assert other != place
+    assert books.send(request(4, length=50, session="p"), 1.0)[1] not in (place, other)
