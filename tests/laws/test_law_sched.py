@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from harness import Bench
+from harness import Bench, Paced
 
 from millstream.core import registry
 from millstream.core.cache import CacheGroup
@@ -60,7 +60,7 @@ def crowd(oracle=None):
 
 
 def view_of(running, waiting, now=10.0):
-    return LoadView(now, 20, 32, [seq.view for seq in waiting], [seq.view for seq in running])
+    return LoadView(now, 20, 32, [seq.view for seq in waiting], [seq.view for seq in running], cost=Paced())
 
 
 # -- policies

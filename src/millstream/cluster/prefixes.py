@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from millstream.core.prefix import names
+
 
 class PrefixMap:
     """`block` tokens a block, at most `most` blocks an engine, the least recently used forgotten first."""
@@ -18,29 +20,25 @@ class PrefixMap:
         self.block, self.most = block, most
         self._held: dict[int, OrderedDict[int, None]] = {}  # place -> hashes of blocks
 
-    def chain(self, tokens: Sequence[int], salt: str = "") -> list[int]:
-        """The names of the whole blocks of a prompt, in order. Prompts of other `salt`s share none."""
-        names, name = [], hash(salt) if salt else 0
-        for start in range(0, len(tokens) - self.block + 1, self.block):
-            name = hash((name, *tokens[start : start + self.block]))
-            names.append(name)
-        return names
+    def chain(self, tokens: Sequence[int], salt: str = "") -> tuple[int, ...]:
+        """The names of the whole blocks of a prompt, in order."""
+        return names(tokens, self.block, salt)
 
-    def matched(self, names: Sequence[int], place: int) -> int:
+    def matched(self, chain: Sequence[int], place: int) -> int:
         """How many tokens of a prompt the engine at `place` is taken to hold."""
         held = self._held.get(place)
         count = 0
         if held is not None:
-            for name in names:
+            for name in chain:
                 if name not in held:
                     break
                 count += 1
         return count * self.block
 
-    def insert(self, names: Sequence[int], place: int) -> None:
+    def insert(self, chain: Sequence[int], place: int) -> None:
         held = self._held.setdefault(place, OrderedDict())
         # The end first: what is forgotten first is the end of a prompt, never what it begins with.
-        for name in reversed(names):
+        for name in reversed(chain):
             held[name] = None
             held.move_to_end(name)
         while len(held) > self.most:

@@ -54,6 +54,8 @@ class SchedConfig:
     """Policies stack, the most important first. `meters` are asked in order; the block meter belongs last.
 
     `step_tokens` and `max_rows` are the options of the meters splitfuse and seats when these are chosen by "auto".
+    `profile` is the name or file of a profile of step times (`millstream calibrate`), for policies and meters that go
+    by how long a step takes.
     """
 
     policies: tuple[Choice, ...] = (Choice("fcfs"),)
@@ -61,6 +63,7 @@ class SchedConfig:
     step_tokens: int | Auto = "auto"
     max_rows: int | Auto = "auto"
     preemption: str = "recompute"
+    profile: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from millstream.core.plan import Holding, TokenLogprobs
+from millstream.core.prefix import names
 from millstream.core.registry import Choice
 from millstream.core.request import Hints, Kind, Program, Request, Slo
+
+# Tokens of a block by which prompts are compared where nobody may see them.
+PREFIX_BLOCK = 64
 
 
 class State(enum.Enum):
@@ -86,6 +90,7 @@ class Sequence:
     cumulative_logprob: float = 0.0
     cold: bool = False
     void: int = 0
+    _prefix: tuple[int, ...] | None = field(init=False, repr=False, default=None)
     view: SeqView = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +113,14 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """See SeqView."""
+        if self._prefix is None:
+            salt = f"{self.request.cache_salt}\0{self.request.adapter}".strip("\0")
+            self._prefix = names(self.tokens[: self.num_prompt], PREFIX_BLOCK, salt)
+        return self._prefix
 
     @property
     def output(self) -> list[int]:
@@ -137,6 +150,7 @@ class Snapshot:
     state: State
     gates: tuple[str, ...]
     stamps: Stamps
+    prefix: tuple[int, ...] = ()
 
 
 class SeqView:
@@ -233,6 +247,12 @@ class SeqView:
     def cached(self) -> int:
         """Prompt tokens that a prefix cache held when it was last admitted."""
         return self._seq.cached
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Names of the prompt's blocks of PREFIX_BLOCK tokens (core/prefix.py): as far as those of two sequences are
+        equal they begin alike. Of a snapshot there are none."""
+        return self._seq.prefix
 
     @property
     def preemptions(self) -> int:

@@ -37,6 +37,7 @@ from millstream.engine.resolve import (
 )
 from millstream.memory.ledger import Ledger
 from millstream.models.encoder_spec import AnySpec, EncoderSpec
+from millstream.sched import profiles
 from millstream.sched.scheduler import Scheduler
 from millstream.text.tokenizer import Tokenizer
 
@@ -231,6 +232,7 @@ def build_engine(
         [registry.make("policy", choice) for choice in config.sched.policies],
         [registry.make("meter", choice, ledger=ledger) for choice in resolved.meters],
         config.sched.preemption,
+        cost=profiles.load(config.sched.profile).step_cost() if config.sched.profile else None,
     )
     tokens = whole_blocks(spec, resolved.blocks) * capacity.block_size
     limits = Limits(spec.vocab_size, resolved.max_context, tokens, spec.kinds)

@@ -69,6 +69,8 @@ class Policy(Protocol):
 
     preemptive: bool = False
     """Whether `displaces` is ever true; where no policy of an engine is, nobody is asked."""
+    needs_cost: bool = False
+    """Whether it cannot do without `LoadView.cost`."""
 
     @abstractmethod
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
@@ -105,6 +107,8 @@ class Meter(Protocol):
 
     relieved_by_preemption: bool
     """Whether an answer of 0 may change when another sequence gives up its blocks."""
+    needs_cost: bool = False
+    """Whether it cannot do without `LoadView.cost`."""
     counts_places: bool = False
     """Whether an answer of 0 to one that does not run may change when one that runs gives up its place."""
 

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
+from millstream.core.errors import ConfigError
 from millstream.core.events import Admitted, Event, Preempted
 from millstream.core.plan import FROM_PREVIOUS, Extend, ScoreAsk, StepPlan
 from millstream.core.sequence import Sequence, SeqView, State
@@ -26,7 +27,8 @@ class Scheduler:
     """Plans steps over the sequences given to it.
 
     `preemption` is how a victim recovers: "recompute" forgets its KV, "swap" copies it to the host (and falls back to
-    recompute when the host has no room). `cost` is what policies may know of how long steps take.
+    recompute when the host has no room). `cost` is what policies and meters may know of how long
+    steps take. Raises ConfigError where one cannot do without it.
     """
 
     def __init__(
@@ -39,6 +41,11 @@ class Scheduler:
         cost: StepCost | None = None,
     ) -> None:
         self.ledger = ledger
+        if cost is None and (needy := [part for part in (*policies, *meters) if part.needs_cost]):
+            raise ConfigError(
+                f"{', '.join(type(part).__name__ for part in needy)} must know how long steps take: sched.profile "
+                "names a profile, which `millstream calibrate` makes"
+            )
         self.policy = PolicyStack(policies)
         self.meters = list(meters)
         self.preemption = preemption

@@ -13,12 +13,23 @@ from millstream.core.plan import SampleAsk
 from millstream.core.registry import Choice
 from millstream.core.request import Limits, Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish
+from millstream.core.shape import StepShape
 from millstream.engine.engine import Engine
 from millstream.memory.ledger import Ledger
 from millstream.runner.null_runner import NullRunner, expected
+from millstream.sched.protocol import StepCost
 from millstream.sched.scheduler import Scheduler
 
 VOCAB = 50
+
+
+class Paced(StepCost):
+    """Steps take a tenth of a second, and a hundredth for each token."""
+
+    def seconds(self, shape: StepShape) -> float:
+        return 0.1 + 0.01 * shape.tokens if shape.tokens else 0.0
+
+
 EOS = 49
 
 
@@ -52,6 +63,7 @@ class Bench:
             [registry.make("policy", policy) for policy in policies],
             [registry.make("meter", meter, ledger=self.ledger) for meter in meters],
             preemption,
+            cost=Paced(),
         )
         self.engine = Engine(
             scheduler,

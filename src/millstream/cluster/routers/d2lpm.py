@@ -42,7 +42,7 @@ class D2lpm(Router):
         self.config = config
         self._prefixes = PrefixMap(config.block)
         self._deficits: OrderedDict[str, dict[int, float]] = OrderedDict()
-        self._asked: tuple[int, list[int]] = (-1, [])
+        self._asked: tuple[int, tuple[int, ...]] = (-1, ())
         self.refills = 0
 
     def pick(self, request: Request, members: Sequence[Member], now: float) -> int:

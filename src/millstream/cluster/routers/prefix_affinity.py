@@ -34,7 +34,7 @@ class PrefixAffinity(Router):
     def __init__(self, config: Config) -> None:
         self.config = config
         self._prefixes = PrefixMap(config.block)
-        self._last: tuple[int, list[int]] = (-1, [])
+        self._last: tuple[int, tuple[int, ...]] = (-1, ())
 
     def pick(self, request: Request, members: Sequence[Member], now: float) -> int:
         names = self._prefixes.chain(request.prompt_ids, request.cache_salt)
