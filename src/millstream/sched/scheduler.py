@@ -41,7 +41,8 @@ class Scheduler:
         cost: StepCost | None = None,
     ) -> None:
         self.ledger = ledger
-        if cost is None and (needy := [part for part in (*policies, *meters) if part.needs_cost]):
+        parts: list[Policy | Meter] = [*policies, *meters]
+        if cost is None and (needy := [part for part in parts if part.needs_cost]):
             raise ConfigError(
                 f"{', '.join(type(part).__name__ for part in needy)} must know how long steps take: sched.profile "
                 "names a profile, which `millstream calibrate` makes"
