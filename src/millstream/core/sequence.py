@@ -150,7 +150,6 @@ class Snapshot:
     state: State
     gates: tuple[str, ...]
     stamps: Stamps
-    prefix: tuple[int, ...] = ()
 
 
 class SeqView:
@@ -252,7 +251,7 @@ class SeqView:
     def prefix(self) -> tuple[int, ...]:
         """Names of the prompt's blocks of PREFIX_BLOCK tokens (core/prefix.py): as far as those of two sequences are
         equal they begin alike. Of a snapshot there are none."""
-        return self._seq.prefix
+        return () if isinstance(self._seq, Snapshot) else self._seq.prefix
 
     @property
     def preemptions(self) -> int:
