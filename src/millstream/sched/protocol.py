@@ -43,7 +43,7 @@ class LoadView:
     `cost` tells how long steps take, where that is known of this engine.
     """
 
-    __slots__ = ("budget", "cost", "free_blocks", "hit", "now", "running", "total_blocks", "waiting")
+    __slots__ = ("block_size", "budget", "cost", "free_blocks", "hit", "now", "running", "total_blocks", "waiting")
 
     def __init__(
         self,
@@ -54,13 +54,14 @@ class LoadView:
         running: Seq[SeqView],
         hit: Callable[[SeqView], int] = lambda seq: 0,
         cost: StepCost | None = None,
+        block_size: int = 1,
     ) -> None:
         self.now = now
         self.free_blocks = free_blocks
         self.total_blocks = total_blocks
         self.waiting = waiting
         self.running = running
-        self.hit, self.cost = hit, cost
+        self.hit, self.cost, self.block_size = hit, cost, block_size
         self.budget = Budget()
 
 

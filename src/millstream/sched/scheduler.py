@@ -60,6 +60,7 @@ class Scheduler:
         self._plan_ids = itertools.count()
         self._now = 0.0
         self._passes = 0
+        self._outgrew = False  # whether somebody gave up its place in the last pass to ask for a larger one
         self._hits: dict[int, tuple[int, int]] = {}  # of those that wait: when it was looked up, in passes, and the hit
 
     def add(self, seq: Sequence) -> None:
@@ -91,6 +92,8 @@ class Scheduler:
         about the whole (`budget`) comes through.
         """
         extends = self._fill(now)
+        while not extends and self._outgrew:
+            extends = self._fill(now)
         while not extends and (idle := self._idle_holder(now)) is not None:
             self._preempt(idle, now)
             extends = self._fill(now)
@@ -112,6 +115,7 @@ class Scheduler:
         """One pass over everybody, the first in rank first; over background work only when nobody else is here."""
         self._aside = frozenset(self._background if len(self._background) < len(self.live) else ())
         self._passes += 1
+        self._outgrew = False
         view = self.view(now)
         for meter in self.meters:
             meter.begin(view)
@@ -172,6 +176,7 @@ class Scheduler:
         elif any(meter.outgrown(seq) for meter in self.meters):
             self._preempt(seq, now)
             out.add(seq.id)
+            self._outgrew = True
             return None, False
         n = self._fit(seq)
         while n == 0 and entering and self._displace(seq, order, place, out, view, now):
@@ -223,7 +228,8 @@ class Scheduler:
             live = [seq for seq in live if seq.id not in self._aside]
         waiting = [seq.view for seq in live if seq.state is not State.RUNNING]
         running = [seq.view for seq in live if seq.state is State.RUNNING]
-        view = LoadView(now, self.ledger.free(), self.ledger.total(), waiting, running, self._hit, self.cost)
+        free, total = self.ledger.free(), self.ledger.total()
+        view = LoadView(now, free, total, waiting, running, self._hit, self.cost, self.ledger.block_size)
         view.budget = self.policy.budget(view)
         return view
 
