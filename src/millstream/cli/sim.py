@@ -27,6 +27,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--step-tokens", "step_tokens", int, "of one step (default: the profile's)"),
     ("--max-rows", "max_rows", int, "requests that are computed at once (default: the profile's)"),
     ("--plans", "plans", int, "steps in flight, 1 or 2"),
+    ("--hint-error", "hint_error", float, "give policies guesses of output lengths, off by this deviation of the log"),
     ("--noise", "noise", float, "deviation of the logarithm of step times (default 0)"),
     ("--seed", "seed", int, "of everything random (default 0)"),
 )
@@ -51,6 +52,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rates", metavar="A,B,C", help="a table of throughput and goodput at these rates")
     parser.add_argument(
         "--find-capacity", action="store_true", help="the largest rate that keeps --slo, at 90 and 99 %%"
+    )
+    parser.add_argument(
+        "--compare", action="append", metavar="A[,B]", help="a row of numbers for these policies; may be repeated"
     )
     parser.add_argument("--percentiles", default="99", metavar="P,Q", help="of the table (default 99)")
     parser.add_argument("--chrome", metavar="FILE", help="write all steps, for chrome://tracing or Perfetto")
@@ -106,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             return _capacity(prepared, slo, args)
         if args.rates:
             return _rates(prepared, slo, args)
+        if args.compare:
+            return _compare(prepared, slo, args)
         calls = prepared.calls()
         with output.progress_bar(len(calls)) as step:
             result = prepared.run(calls=calls, keep_steps=bool(args.chrome), progress=step)
@@ -146,6 +152,59 @@ def run(args: argparse.Namespace) -> int:
                 right=range(1, len(titles)),
             )
             print(f"Jain's index of service: {report.jain([row.service for row in rows]):.3f}")
+    return 0
+
+
+def _compare(prepared: Any, slo: dict[str, float], args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from millstream.core.registry import Choice, options
+    from millstream.sim.compare import compare
+
+    stacks = {}
+    for given in args.compare:
+        stacks[given] = [Choice(one.strip()) for one in given.split(",")]
+        for choice in stacks[given]:
+            options("policy", choice)
+    with output.progress_bar(len(prepared.calls()) * len(stacks)) as step:
+        rows = compare(prepared, stacks, slo, step, [one for one in stacks if "srpt" in one.split(",")])
+    if args.plot:
+        from millstream.sim.plots import compared
+
+        compared({prepared.scenario.trace: rows}, Path(args.plot))
+    if args.json:
+        output.emit([asdict(row) for row in rows])
+        return 0
+    titles = (
+        "policy",
+        "TTFT mean",
+        "p99",
+        "s/token mean",
+        "p99",
+        "Jain",
+        "within SLO",
+        "tokens/s",
+        "hits",
+        "preempted",
+    )
+    output.print_table(
+        titles,
+        [
+            (
+                row.policy,
+                f"{row.ttft_mean_s:.3f} s",
+                f"{row.ttft_p99_s:.2f} s",
+                f"{row.token_mean_s:.4f}",
+                f"{row.token_p99_s:.3f}",
+                f"{row.fairness:.3f}",
+                f"{100 * row.within:.1f} %",
+                f"{row.tokens_per_s:.0f}",
+                f"{100 * row.cached:.0f} %",
+                row.preemptions,
+            )
+            for row in rows
+        ],
+    )
     return 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from millstream.core.errors import ConfigError
+from millstream.sim.compare import Row
 from millstream.sim.simulate import Result
 
 INK = "#767676"
@@ -45,7 +47,41 @@ def first_tokens(result: Result, path: Path) -> None:
     _done(page, axes, path)
 
 
-def _page(path: Path) -> tuple[Any, Any]:
+def compared(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Policies side by side, a column of bars a trace: mean and p99 a token, fairness, share within the limits."""
+    panels = (
+        ("mean s a token", "token_mean_s", True),
+        ("p99 TTFT, s", "ttft_p99_s", True),
+        ("fairness (Jain)", "fairness", False),
+        ("within the SLO", "within", False),
+    )
+    page, grid = _page(path, len(panels), (9.6, 1.2 + 0.2 * max(len(rows) for rows in tables.values())))
+    labels = list(dict.fromkeys(row.policy for rows in tables.values() for row in rows))
+    for axes, (title, name, logarithmic) in zip(grid, panels, strict=True):
+        for place, (trace, rows) in enumerate(tables.items()):
+            found = {row.policy: getattr(row, name) for row in rows}
+            axes.plot(
+                [found.get(label, math.nan) for label in labels],
+                range(len(labels)),
+                linestyle="none",
+                marker="o",
+                markersize=4.5,
+                color=COLOURS[place % len(COLOURS)],
+                label=trace,
+            )
+        if logarithmic:
+            axes.set_xscale("log")
+        axes.set_title(title, color=INK, fontsize=9)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+        axes.set_yticks(range(len(labels)), labels if axes is grid[0] else [""] * len(labels))
+    handles, names = grid[0].get_legend_handles_labels()
+    page.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, labelcolor=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.savefig(path, dpi=150, transparent=True)
+
+
+def _page(path: Path, columns: int = 1, size: tuple[float, float] = (6.4, 3.8)) -> tuple[Any, Any]:
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {path}: the name of a .png or .svg file")
     try:
@@ -53,17 +89,18 @@ def _page(path: Path) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("plots need matplotlib: pip install 'millstream[bench]'") from None
-    page = Figure(figsize=(6.4, 3.8), layout="constrained")
+    page = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(page)
-    axes = page.subplots()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(INK)
-    axes.tick_params(colors=INK)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    return page, axes
+    grid = page.subplots(1, columns, squeeze=False)[0]
+    for axes in grid:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(INK)
+        axes.tick_params(colors=INK, which="both")
+        axes.xaxis.label.set_color(INK)
+        axes.yaxis.label.set_color(INK)
+    return page, grid if columns > 1 else grid[0]
 
 
 def _done(page: Any, axes: Any, path: Path) -> None:

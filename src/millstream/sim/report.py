@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from millstream.core.errors import BadRequest
+from millstream.core.request import Slo
 from millstream.sim.metrics import RequestTiming, peak_open, peak_rate, percentile, statistics_of
 from millstream.sim.simulate import Result, Served
 
@@ -54,7 +55,21 @@ def keeps(timing: RequestTiming, slo: Mapping[str, float]) -> bool:
 
 def attainment(result: Result, slo: Mapping[str, float]) -> float:
     """The share of all calls that kept the limits."""
-    return sum(keeps(timing_of(one), slo) for one in result.served) / len(result.served) if result.served else 0.0
+    served = result.served
+    return attainment_of([timing_of(one) for one in served], [one.call.slo for one in served], slo)
+
+
+def attainment_of(timings: Sequence[RequestTiming], own: Sequence[Slo | None], slo: Mapping[str, float]) -> float:
+    """The same where requests have wishes of their own, which count in the place of `slo`."""
+    kept = sum(keeps(timing, limits_of(wish, slo)) for timing, wish in zip(timings, own, strict=True))
+    return kept / len(timings) if timings else 0.0
+
+
+def limits_of(own: Slo | None, slo: Mapping[str, float]) -> Mapping[str, float]:
+    if own is None:
+        return slo
+    wishes = {"ttft": own.ttft_s, "tpot": own.tpot_s, "e2el": own.e2e_s}
+    return {name: seconds for name, seconds in wishes.items() if seconds is not None}
 
 
 def found_of(
@@ -65,7 +80,9 @@ def found_of(
     good = [one for one in timings if one.error is None and one.token_times_s]
     duration = result.duration_s
     prompt, output = sum(one.num_prompt for one in good), sum(one.num_output for one in good)
-    kept = sum(keeps(one, slo) for one in timings)
+    limits = [limits_of(one.call.slo, slo) for one in result.served]
+    kept = sum(keeps(timing, own) for timing, own in zip(timings, limits, strict=True))
+    slo = slo or next((own for own in limits if own), {})
     found: dict[str, Any] = {
         "duration": duration,
         "completed": len(good),
@@ -115,11 +132,12 @@ class TenantRow:
 
 
 def tenants(result: Result, slo: Mapping[str, float]) -> list[TenantRow]:
-    by: dict[str, list[RequestTiming]] = {}
+    by: dict[str, list[Served]] = {}
     for one in result.served:
-        by.setdefault(one.call.tenant, []).append(timing_of(one))
+        by.setdefault(one.call.tenant, []).append(one)
     rows = []
-    for tenant, timings in sorted(by.items()):
+    for tenant, served in sorted(by.items()):
+        timings = [timing_of(one) for one in served]
         ttft = sorted(one.ttft_s for one in timings if one.ttft_s is not None)
         tpot = sorted(one.tpot_s for one in timings if one.tpot_s is not None)
         rows.append(
@@ -129,7 +147,7 @@ def tenants(result: Result, slo: Mapping[str, float]) -> list[TenantRow]:
                 percentile(ttft, 50) if ttft else math.nan,
                 percentile(ttft, 99) if ttft else math.nan,
                 percentile(tpot, 50) if tpot else math.nan,
-                sum(keeps(one, slo) for one in timings) / len(timings),
+                attainment_of(timings, [one.call.slo for one in served], slo),
                 sum(PROMPT_WEIGHT * one.num_prompt + OUTPUT_WEIGHT * one.num_output for one in timings),
             )
         )

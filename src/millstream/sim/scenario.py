@@ -84,6 +84,7 @@ class Scenario:
     max_rows: int | None = None
     plans: int = 1
     oracle: bool = False
+    hint_error: float | None = None
     seed: int = 0
     tenants: tuple[TenantConfig, ...] = ()
     failures: tuple[FailureConfig, ...] = ()
@@ -97,8 +98,8 @@ class Scenario:
             )
         if self.plans not in (1, 2):
             raise ConfigError(f"plans: got {self.plans}, allowed is 1 or 2")
-        if self.noise < 0 or self.host_blocks < 0 or self.max_tokens < 1:
-            raise ConfigError("noise and host_blocks are 0 or more, max_tokens is 1 or more")
+        if self.noise < 0 or self.host_blocks < 0 or self.max_tokens < 1 or (self.hint_error or 0) < 0:
+            raise ConfigError("noise, host_blocks and hint_error are 0 or more, max_tokens is 1 or more")
 
 
 class Prepared:
@@ -145,7 +146,8 @@ class Prepared:
             )
         # Every replica must be able to take every call.
         most = min(min(kind.max_context, kind.blocks * kind.block_size) for kind, _ in self.kinds)
-        return workload.calls(sources, most, scenario.seed)
+        found = workload.calls(sources, most, scenario.seed)
+        return found if scenario.hint_error is None else workload.hinted(found, scenario.hint_error, scenario.seed)
 
     def run(
         self,
@@ -155,9 +157,11 @@ class Prepared:
         counts: tuple[int, ...] | None = None,
         keep_steps: bool = False,
         progress: Callable[[], None] | None = None,
+        scenario: Scenario | None = None,
     ) -> Result:
-        """`counts` are numbers of replicas in the place of the scenario's."""
-        scenario = self.scenario
+        """`counts` are numbers of replicas in the place of the scenario's. Another `scenario` may differ from it in
+        what is no part of traffic and replicas."""
+        scenario = scenario or self.scenario
         setting = EngineSetting(
             scenario.policies,
             scenario.meters,

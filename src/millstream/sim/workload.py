@@ -7,6 +7,7 @@ is made of numbers that stand for text: two calls share a prefix exactly as far 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +175,17 @@ def _prompt(row: Row, length: int, place: int, number: int) -> tuple[int, ...]:
             break
     ids += range(own, own + length - len(ids))
     return tuple(ids)
+
+
+def hinted(found: Sequence[Call], error: float, seed: int) -> list[Call]:
+    """The same calls with guesses of their outputs, off by a factor whose logarithm has the deviation `error`."""
+    draw = random.Random(f"hints {seed}")
+    out = []
+    for call in found:
+        guess = call.num_output * draw.lognormvariate(0.0, error) if error else float(call.num_output)
+        hints = Hints(max(1, round(guess)), score=-math.log(max(1.0, guess)))
+        out.append(replace(call, hints=hints))
+    return out
 
 
 def load(name: str) -> list[Row]:
