@@ -38,6 +38,7 @@ from millstream.engine.resolve import (
 from millstream.memory.ledger import Ledger
 from millstream.models.encoder_spec import AnySpec, EncoderSpec
 from millstream.sched import profiles
+from millstream.sched.protocol import StepCost
 from millstream.sched.scheduler import Scheduler
 from millstream.text.tokenizer import Tokenizer
 
@@ -216,8 +217,13 @@ def build_engine(
     clock: Clock | None = None,
     listeners: Sequence[Callable[[Event], None]] = (),
     key: str = "",
+    cost: StepCost | None = None,
+    watch: Callable[[Request], list[Observer]] = lambda request: [],
 ) -> Engine:
-    """An engine over a runner that exists: experiments build several over one."""
+    """An engine over a runner that exists: experiments build several over one.
+
+    `cost` stands for the profile that the config names, `watch` makes observers of outputs beside the engine's own.
+    """
     capacity = runner.capacity()
     ledger = Ledger(
         spec.groups,
@@ -232,7 +238,7 @@ def build_engine(
         [registry.make("policy", choice) for choice in config.sched.policies],
         [registry.make("meter", choice, ledger=ledger) for choice in resolved.meters],
         config.sched.preemption,
-        cost=profiles.load(config.sched.profile).step_cost() if config.sched.profile else None,
+        cost=cost or (profiles.load(config.sched.profile).step_cost() if config.sched.profile else None),
     )
     tokens = whole_blocks(spec, resolved.blocks) * capacity.block_size
     limits = Limits(spec.vocab_size, resolved.max_context, tokens, spec.kinds)
@@ -244,7 +250,8 @@ def build_engine(
     watchers = [registry.get("observer", name) for name in registry.names("observer")]
 
     def observers(request: Request) -> list[Observer]:
-        return [cast(Observer, kind(request, tokenizer.vocabulary)) for kind in watchers if kind.wanted(request)]
+        own = [cast(Observer, kind(request, tokenizer.vocabulary)) for kind in watchers if kind.wanted(request)]
+        return [*own, *watch(request)]
 
     return Engine(
         scheduler,

@@ -12,7 +12,7 @@ import heapq
 import itertools
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from millstream.cluster.fleet import Fleet, NoEngine
@@ -101,7 +101,8 @@ class Result:
 
 
 class Simulation:
-    """One run. `slo` gives every request its wishes and deadline, `oracle` tells policies true output lengths.
+    """One run. `slo` gives every request its wishes and deadline, `oracle` tells policies true output lengths, or by call
+    whatever an experiment's arm takes for the truth.
 
     `max_tokens` is what clients say that they want at most, which is all that a policy may know of an output's length.
     `progress` hears of each call that ended. With `keep_steps` every step is kept, for a trace. Without `leaps` every
@@ -118,7 +119,7 @@ class Simulation:
         slo: Slo | None = None,
         failures: Sequence[Failure] = (),
         seed: int = 0,
-        oracle: bool = False,
+        oracle: bool | Mapping[int, int] = False,
         max_tokens: int = 4096,
         keep_steps: bool = False,
         leaps: bool = True,
@@ -229,9 +230,12 @@ class Simulation:
             program=Program(call.session, call.id, call.thread, call.stage, call.after) if call.session else None,
             slo=self.slo if call.slo is None else call.slo,
             priority=call.priority,
-            hints=replace(call.hints, oracle=call.num_output) if self.oracle else call.hints,
+            hints=replace(call.hints, oracle=self._truth(call)) if self.oracle else call.hints,
             prior=prior,
         )
+
+    def _truth(self, call: Call) -> int:
+        return call.num_output if isinstance(self.oracle, bool) else self.oracle[call.id]
 
     @staticmethod
     def _told(served: Served) -> tuple[int, ...]:

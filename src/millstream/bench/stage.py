@@ -1,0 +1,270 @@
+"""One small model, live and simulated: what experiments on scheduling have in common.
+
+The same calls are played to the production engine in real time and to the simulator, whose steps were calibrated on
+this machine just before. How long an output is stands in the call and nowhere that a policy looks: live an observer
+ends it there, as a stop token would, and requests ask for `most` tokens at most. Prompts are numbers that stand for
+text: each becomes a token of the model, the same one each time, so that prompts share what the calls say they share.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from millstream.core.client import Chunk
+from millstream.core.events import Event, Preempted, Stepped
+from millstream.core.registry import Choice
+from millstream.core.request import Program, Request, SamplingParams, Slo, Tokens
+from millstream.decode.protocol import Halt, Observer
+from millstream.sched.profiles import Profile
+from millstream.sim.replica import EngineSetting
+from millstream.sim.simulate import Result, Served, Simulation
+from millstream.sim.workload import Call
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The deciding stack that is tried. `blocks` of KV cache (None: all there are), `seats` and `step_tokens` of steps.
+
+    `extra` are meters beside those of the engine, asked after the token budget.
+    """
+
+    policies: tuple[Choice, ...]
+    seats: int = 256
+    step_tokens: int | None = None
+    blocks: int | None = None
+    extra: tuple[Choice, ...] = ()
+    last: Choice = Choice("kv-blocks")
+    prefix: Choice = Choice("radix")
+    preemption: str = "recompute"
+
+    def meters(self, step_tokens: int) -> tuple[Choice, ...]:
+        budget = Choice("splitfuse", {"budget": self.step_tokens or step_tokens})
+        return (budget, *self.extra, Choice("seats", {"max_rows": self.seats}), self.last)
+
+
+@dataclass(slots=True)
+class Played:
+    """A live run: calls as their clients saw them, their tokens, seconds in all, and the sums of what steps took."""
+
+    served: list[Served]
+    tokens: dict[int, tuple[int, ...]]
+    seconds: float
+    steps: int
+    planning_s: float
+    preemptions: int
+
+    def result(self) -> Result:
+        """As the simulator's own, for what reads those."""
+        return Result(self.served, [], self.seconds, self.steps, [], [])
+
+
+class _EndAfter:
+    """Ends an output after so many tokens."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def see(self, tokens: Sequence[int]) -> Halt | None:
+        self.left -= len(tokens)
+        return Halt(None) if self.left <= 0 else None
+
+
+class Stage:
+    """A model that is loaded, and what its steps take here."""
+
+    def __init__(self, model: str = "smollm2-135m", weights: str = "blocks", bytes: str = "1GiB") -> None:
+        """Raises what loading raises."""
+        from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
+        from millstream.engine.assemble import assemble
+
+        self.base = EngineConfig(model=ModelConfig(weights=weights), cache=CacheConfig(bytes=bytes), seed=0)
+        self.name = model
+        self.model = assemble(model, self.base, tune=True)
+        self.profile: Profile | None = None
+        self.error = self.noise = 0.0
+
+    def calibrate(self, seed: int = 0, repeats: int = 3, thin: int = 1) -> Profile:
+        """Measures steps anew, of `thin` compositions one; some 20 seconds for all."""
+        from millstream.engine import calibrate
+
+        runner, resolved = self.model.engine.runner, self.model.resolved
+        capacity = runner.capacity()
+        room = min(capacity.blocks.values()) * capacity.block_size
+        compositions = calibrate.grid(room, resolved.max_context, capacity.block_size)[::thin]
+        steps = calibrate.Steps(runner, self.model.spec, resolved.config.decode.name, seed)
+        measured = calibrate.measure(steps, compositions, repeats, seed, None)
+        host_s = calibrate.host_part(self.model.engine, 32, self.model.spec.vocab_size, seed)
+        found = calibrate.learn(measured, host_s)
+        self.error, self.noise = found.errors[found.best], found.noise
+        self.profile = Profile(
+            "here",
+            self.name,
+            "this machine",
+            "measured",
+            found.best,
+            found.cost.state(),
+            blocks=min(resolved.blocks.values()),
+            block_size=resolved.block_size,
+            step_tokens=self.step_tokens,
+            max_context=resolved.max_context,
+        )
+        return self.profile
+
+    @property
+    def step_tokens(self) -> int:
+        options = {choice.name: choice.options for choice in self.model.resolved.meters}
+        return int(options.get("splitfuse", {}).get("budget", 256))
+
+    def ids(self, call: Call) -> tuple[int, ...]:
+        """A prompt in tokens of the model."""
+        vocab = self.model.spec.vocab_size
+        return tuple(((number * 2654435761) >> 11) % vocab for number in call.prompt)
+
+    def live(self, calls: Sequence[Call], setting: Setting, most: int = 512, deadline_s: float = 120.0) -> Played:
+        """Plays the calls to an engine under `setting`, in this thread. Outputs may be `most` tokens for all they know.
+
+        Raises what the engine raises; a run that takes longer than `deadline_s` ends there, calls that did not end
+        without `ended_s`.
+        """
+        from millstream.engine.assemble import build_engine
+
+        model, lengths = self.model, {call.id: call.num_output for call in calls}
+        sched = replace(
+            self.base.sched,
+            policies=setting.policies,
+            preemption=setting.preemption,
+            meters=setting.meters(self.step_tokens),
+        )
+        config = replace(self.base, sched=sched, cache=replace(self.base.cache, prefix=setting.prefix))
+        blocks = model.resolved.blocks
+        if setting.blocks is not None:
+            blocks = dict.fromkeys(blocks, setting.blocks)
+        resolved = replace(model.resolved, blocks=blocks, meters=setting.meters(self.step_tokens), config=config)
+
+        def watch(request: Request) -> list[Observer]:
+            return [_EndAfter(lengths[request.id])]
+
+        cost = None if self.profile is None else self.profile.step_cost()
+        engine = build_engine(model.built.runner, model.spec, model.tokenizer, config, resolved, cost=cost, watch=watch)
+        return _Player(engine, calls, self.ids, most, deadline_s).run()
+
+    def simulate(
+        self,
+        calls: Sequence[Call],
+        setting: Setting,
+        *,
+        replicas: int = 1,
+        router: Any = None,
+        most: int = 512,
+        oracle: bool | Mapping[int, int] = False,
+        profile: Profile | None = None,
+    ) -> Result:
+        """The same calls in virtual time, over engines of the calibrated profile or another one."""
+        profile = profile or self.profile
+        assert profile is not None, "calibrate first"
+        profile = profile.sized(setting.blocks, setting.step_tokens, setting.seats)
+        meters = setting.meters(profile.step_tokens)
+        engine = EngineSetting(setting.policies, meters, setting.prefix, setting.preemption, host_blocks=profile.blocks)
+        kinds = [(f"engine {place}", profile) for place in range(replicas)]
+        return Simulation(calls, kinds, engine, router, max_tokens=most, oracle=oracle).run()
+
+
+class _Player:
+    def __init__(
+        self,
+        engine: Any,
+        calls: Sequence[Call],
+        ids: Callable[[Call], tuple[int, ...]],
+        most: int,
+        deadline_s: float,
+    ) -> None:
+        self.engine, self.calls, self.ids, self.most, self.deadline_s = engine, calls, ids, most, deadline_s
+        self.served: dict[int, Served] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.followers: dict[int, list[Call]] = {}
+        self.awaited: dict[int, set[int]] = {}
+        self.due: list[tuple[float, int, Call]] = []
+        self.serials = itertools.count()
+        self.steps = self.preemptions = 0
+        self.planning_s = 0.0
+        # Prompts are made ahead: it is no part of what is measured.
+        self.prompts: Mapping[int, tuple[int, ...]] = {call.id: ids(call) for call in calls}
+        for call in calls:
+            if not call.after:
+                self._at(call.at_s, call)
+                continue
+            self.awaited[call.id] = set(call.after)
+            for before in self.awaited[call.id]:
+                self.followers.setdefault(before, []).append(call)
+
+    def _at(self, when: float, call: Call) -> None:
+        heapq.heappush(self.due, (when, next(self.serials), call))
+
+    def now(self) -> float:
+        return float(self.engine.clock.now() - self.start)
+
+    def run(self) -> Played:
+        engine = self.engine
+        engine.listeners.append(self._hear)
+        self.start = engine.clock.now()
+        while self.due or engine.busy:
+            now = self.now()
+            if now > self.deadline_s:
+                for number in list(self.served):
+                    engine.abort(number)
+                break
+            while self.due and self.due[0][0] <= now:
+                self._submit(heapq.heappop(self.due)[2], now)
+            if engine.busy:
+                engine.step()
+            elif self.due:
+                time.sleep(max(0.0, min(0.01, self.due[0][0] - self.now())))
+        seconds = self.now()
+        served = [self.served[call.id] for call in self.calls if call.id in self.served]
+        tokens = {number: tuple(found) for number, found in self.tokens.items()}
+        return Played(served, tokens, seconds, self.steps, self.planning_s, self.preemptions)
+
+    def _submit(self, call: Call, now: float) -> None:
+        self.served[call.id] = Served(call, now)
+        self.tokens[call.id] = []
+        program = Program(call.session, call.id, call.thread, call.stage, call.after) if call.session else None
+        request = Request(
+            call.id,
+            (Tokens(self.prompts[call.id]),),
+            SamplingParams(max_tokens=max(self.most, call.num_output + 1), temperature=0.0, ignore_eos=True),
+            tenant=call.tenant,
+            program=program,
+            slo=call.slo or Slo(),
+            priority=call.priority,
+            hints=call.hints,
+        )
+        self.engine.submit(request, self._sink)
+
+    def _sink(self, chunk: Chunk) -> None:
+        served, now = self.served[chunk.request_id], self.now()
+        self.tokens[chunk.request_id] += chunk.tokens
+        served.times_s += [now] * len(chunk.tokens)
+        if chunk.usage is not None:
+            served.cached = max(served.cached, chunk.usage.cached_tokens)
+        if chunk.finish is None:
+            return
+        served.ended_s, served.finish, served.error = now, chunk.finish.value, chunk.error or ""
+        for follower in self.followers.pop(chunk.request_id, ()):
+            awaited = self.awaited[follower.id]
+            awaited.discard(chunk.request_id)
+            if not awaited:
+                self._at(now + follower.think_s, follower)
+
+    def _hear(self, event: Event) -> None:
+        if type(event) is Stepped:
+            self.steps += 1
+            self.planning_s += event.planning_s
+        elif type(event) is Preempted:
+            self.preemptions += 1
+            if (served := self.served.get(event.seq.request_id)) is not None:
+                served.preemptions += 1
