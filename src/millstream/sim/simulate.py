@@ -101,8 +101,8 @@ class Result:
 
 
 class Simulation:
-    """One run. `slo` gives every request its wishes and deadline, `oracle` tells policies true output lengths, or by call
-    whatever an experiment's arm takes for the truth.
+    """One run. `slo` gives every request its wishes and deadline, `oracle` tells policies true output lengths, or by
+    call whatever an experiment's arm takes for the truth.
 
     `max_tokens` is what clients say that they want at most, which is all that a policy may know of an output's length.
     `progress` hears of each call that ended. With `keep_steps` every step is kept, for a trace. Without `leaps` every
