@@ -21,6 +21,7 @@ from millstream.core.registry import Choice
 from millstream.core.request import Program, Request, SamplingParams, Slo, Tokens
 from millstream.decode.protocol import Halt, Observer
 from millstream.sched.profiles import Profile
+from millstream.sched.protocol import StepCost
 from millstream.sim.replica import EngineSetting
 from millstream.sim.simulate import Result, Served, Simulation
 from millstream.sim.workload import Call
@@ -125,11 +126,18 @@ class Stage:
         vocab = self.model.spec.vocab_size
         return tuple(((number * 2654435761) >> 11) % vocab for number in call.prompt)
 
-    def live(self, calls: Sequence[Call], setting: Setting, most: int = 512, deadline_s: float = 120.0) -> Played:
+    def live(
+        self,
+        calls: Sequence[Call],
+        setting: Setting,
+        most: int = 512,
+        deadline_s: float = 120.0,
+        cost: StepCost | None = None,
+    ) -> Played:
         """Plays the calls to an engine under `setting`, in this thread. Outputs may be `most` tokens for all they know.
 
-        Raises what the engine raises; a run that takes longer than `deadline_s` ends there, calls that did not end
-        without `ended_s`.
+        `cost` stands for what was calibrated. Raises what the engine raises. A run that takes longer than `deadline_s`
+        ends there; calls that did not end by then are aborted.
         """
         from millstream.engine.assemble import build_engine
 
@@ -149,7 +157,8 @@ class Stage:
         def watch(request: Request) -> list[Observer]:
             return [_EndAfter(lengths[request.id])]
 
-        cost = None if self.profile is None else self.profile.step_cost()
+        if cost is None and self.profile is not None:
+            cost = self.profile.step_cost()
         engine = build_engine(model.built.runner, model.spec, model.tokenizer, config, resolved, cost=cost, watch=watch)
         return _Player(engine, calls, self.ids, most, deadline_s).run()
 

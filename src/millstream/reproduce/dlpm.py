@@ -42,7 +42,7 @@ ROUTERS = {
     "turns": Choice("round-robin"),
     "least": Choice("least-work"),
     "prefix-only": Choice("prefix-affinity", {"least": 0.01, "more": 1_000_000}),
-    "d2lpm": Choice("d2lpm", {"quantum": 20_000.0}),
+    "d2lpm": Choice("d2lpm", {"quantum": 6_000.0}),
 }
 FLOOD = "flood"
 QUIET = ("one", "two", "three")
