@@ -21,7 +21,8 @@ from millstream.core.registry import Choice
 from millstream.core.request import Program, Request, SamplingParams, Slo, Tokens
 from millstream.decode.protocol import Halt, Observer
 from millstream.sched.profiles import Profile
-from millstream.sched.protocol import StepCost
+from millstream.sched.protocol import Policy, StepCost
+from millstream.sched.stack import PolicyStack
 from millstream.sim.replica import EngineSetting
 from millstream.sim.simulate import Result, Served, Simulation
 from millstream.sim.workload import Call
@@ -58,6 +59,7 @@ class Played:
     steps: int
     planning_s: float
     preemptions: int
+    policies: tuple[Policy, ...] = ()
 
     def result(self) -> Result:
         """As the simulator's own, for what reads those."""
@@ -133,11 +135,13 @@ class Stage:
         most: int = 512,
         deadline_s: float = 120.0,
         cost: StepCost | None = None,
+        policies: Sequence[Policy] | None = None,
     ) -> Played:
         """Plays the calls to an engine under `setting`, in this thread. Outputs may be `most` tokens for all they know.
 
-        `cost` stands for what was calibrated. Raises what the engine raises. A run that takes longer than `deadline_s`
-        ends there; calls that did not end by then are aborted.
+        `cost` stands for what was calibrated, `policies` that are made already for those of the setting. Raises what
+        the engine raises. A run that takes longer than `deadline_s` ends there; calls that did not end by then are
+        aborted.
         """
         from millstream.engine.assemble import build_engine
 
@@ -160,6 +164,8 @@ class Stage:
         if cost is None and self.profile is not None:
             cost = self.profile.step_cost()
         engine = build_engine(model.built.runner, model.spec, model.tokenizer, config, resolved, cost=cost, watch=watch)
+        if policies is not None:
+            engine.scheduler.policy = PolicyStack(policies)
         return _Player(engine, calls, self.ids, most, deadline_s).run()
 
     def simulate(
@@ -236,7 +242,8 @@ class _Player:
         seconds = self.now()
         served = [self.served[call.id] for call in self.calls if call.id in self.served]
         tokens = {number: tuple(found) for number, found in self.tokens.items()}
-        return Played(served, tokens, seconds, self.steps, self.planning_s, self.preemptions)
+        policies = engine.scheduler.policy.policies
+        return Played(served, tokens, seconds, self.steps, self.planning_s, self.preemptions, policies)
 
     def _submit(self, call: Call, now: float) -> None:
         self.served[call.id] = Served(call, now)

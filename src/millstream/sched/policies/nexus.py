@@ -29,7 +29,7 @@ class Config:
     threshold: float = 0.7
     decode_slack: float = 3.0
     prompt_slack: float = 1.5
-    buffer: float = 0.2
+    buffer: float = 0.3
     gamma: float = 200.0
     least: int = 16
     most: int = 4096
@@ -44,7 +44,7 @@ class Config:
             raise ValueError("least is from 1 to most, looks at least 1")
 
 
-_STEP = 1.5
+_STEP = 1.2
 
 
 class Nexus(Policy):
