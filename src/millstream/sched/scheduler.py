@@ -60,6 +60,7 @@ class Scheduler:
         self._plan_ids = itertools.count()
         self._now = 0.0
         self._passes = 0
+        self._places: list[tuple[int, Sequence]] = []  # who may be displaced in this pass, in order
         self._outgrew = False  # whether somebody gave up its place in the last pass to ask for a larger one
         self._hits: dict[int, tuple[int, int]] = {}  # of those that wait: when it was looked up, in passes, and the hit
 
@@ -123,11 +124,19 @@ class Scheduler:
         extends: list[Extend] = []
         out: set[int] = set()  # gave up their place in this very plan
         held = False
+        if self.policy.preemptive:
+            self._places = [
+                (place, seq) for place, seq in enumerate(order) if seq.state is State.RUNNING and not seq.gates
+            ]
         for place, seq in enumerate(order):
             if seq.gates or seq.id in out or seq.left <= 0:
                 continue
             if seq.state is not State.RUNNING:
-                held = held or (not self.policy.preemptive and any(meter.closed() for meter in self.meters))
+                if not held and (closed := [meter for meter in self.meters if meter.closed()]):
+                    other = self._last_after(place) if all(meter.counts_places for meter in closed) else None
+                    held = other is None
+                    if other is not None and not self.policy.displaces(seq.view, other.view, view):
+                        continue
                 if held:
                     continue
             try:
@@ -165,12 +174,12 @@ class Scheduler:
                 return None, verdict is Verdict.HOLD
             # Cheap refusals first: entering touches the cache.
             while not self._would_fit(seq):
-                if not self._displace(seq, order, place, out, view, now):
+                if not self._displace(seq, place, out, view, now):
                     return None, False
             while not self._enter(seq, now):
                 if (holder := self._aside_holder()) is not None:
                     self._preempt(holder, now)
-                elif not self._displace(seq, order, place, out, view, now):
+                elif not self._displace(seq, place, out, view, now):
                     # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
                     return None, True
         elif any(meter.outgrown(seq) for meter in self.meters):
@@ -179,7 +188,7 @@ class Scheduler:
             self._outgrew = True
             return None, False
         n = self._fit(seq)
-        while n == 0 and entering and self._displace(seq, order, place, out, view, now):
+        while n == 0 and entering and self._displace(seq, place, out, view, now):
             n = self._fit(seq)
         while (holder := self._aside_holder()) is not None and n < self._most(seq):
             self._preempt(holder, now)
@@ -318,20 +327,23 @@ class Scheduler:
         chosen = self.policy.victim([seq.view for seq in running], view)
         return next((seq for seq in running if chosen is not None and seq.id == chosen.id), running[-1])
 
-    def _displace(
-        self, seq: Sequence, order: list[Sequence], place: int, out: set[int], view: LoadView, now: float
-    ) -> bool:
+    def _displace(self, seq: Sequence, place: int, out: set[int], view: LoadView, now: float) -> bool:
         """Takes the place of the last that runs and ranks after `seq`, where a policy wants that for it."""
         if not self.policy.preemptive or self._most(seq, place=True) <= 0:
             return False
-        for other in reversed(order[place + 1 :]):
-            if other.state is State.RUNNING and other.id not in out and not other.gates:
-                if not self.policy.displaces(seq.view, other.view, view):
-                    return False
-                self._preempt(other, now)
-                out.add(other.id)
-                return True
-        return False
+        other = self._last_after(place)
+        if other is None or not self.policy.displaces(seq.view, other.view, view):
+            return False
+        self._preempt(other, now)
+        out.add(other.id)
+        return True
+
+    def _last_after(self, place: int) -> Sequence | None:
+        """The last that still has a place of those that rank after one."""
+        places = self._places
+        while places and places[-1][1].state is not State.RUNNING:
+            places.pop()
+        return places[-1][1] if places and places[-1][0] > place else None
 
     def _preempt(self, seq: Sequence, now: float) -> None:
         seq.preemptions += 1

@@ -70,7 +70,12 @@ def compared(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
                 label=trace,
             )
         if logarithmic:
+            from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(numticks=5))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_title(title, color=INK, fontsize=9)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
