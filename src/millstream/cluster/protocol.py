@@ -79,6 +79,38 @@ class Router(Protocol):
         return
 
 
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """A cluster as an autoscaler sees it at `now` (seconds of the caller's clock).
+
+    `members` are those that take requests now, `starting` are on their way and will. `waiting` requests have had no
+    place in a step yet, for `oldest_wait_s` at most; `running` ones have. `busy` is the share of the members' time in
+    which they had work since the last view, 0 to 1. `attainment` is the share of the requests that ended in the last
+    window and met what they were promised; None where none of them was promised anything.
+    """
+
+    now: float
+    members: Sequence[Member]
+    waiting: int
+    running: int
+    oldest_wait_s: float
+    busy: float
+    attainment: float | None
+    starting: int = 0
+
+
+class Autoscaler(Protocol):
+    """Says how many members a cluster should have. It is asked every so often, live and simulated alike.
+
+    Who asks keeps the number within its own bounds, starts what lacks, and drains before it removes.
+    """
+
+    @abstractmethod
+    def target(self, fleet: FleetView, now: float) -> int:
+        """How many members there should be, those included that are starting."""
+        ...
+
+
 def least_used(members: Sequence[Member]) -> int:
     """The place of the member with the least work before it, then the fewest requests."""
     return min(members, key=lambda one: (one.work_s, one.requests, one.place)).place
