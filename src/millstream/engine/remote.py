@@ -16,29 +16,24 @@ import logging
 import os
 import random
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from millstream.core import registry
 from millstream.core.client import Chunk, Load, ModelFacts
 from millstream.core.errors import BadRequest, EngineAway, EngineClosed, MillstreamError
 from millstream.core.events import Event
-from millstream.core.plan import TokenLogprobs
-from millstream.core.request import MAX_SEED, Prior, Request
+from millstream.core.request import Request
 from millstream.core.sequence import Finish
-from millstream.decode.protocol import DecodeMethod
 from millstream.engine import wire
 from millstream.engine.feed import EventFeed, covered
+from millstream.engine.stream import Stream
 from millstream.text.tokenizer import Tokenizer
 
 RETRY_S = 0.05
-# The engine ends a request at its deadline itself, and says how far it came; only one that does not is not waited for.
-DEADLINE_GRACE_S = 0.5
-# Chunks that nobody has read yet are joined: what a slow reader costs is then bounded by the tokens themselves.
-JOIN_FROM = 32
 # Requests that ended here and whose last events may still come.
 MAX_RECENT = 4096
 MAX_UNSENT = 64 << 20
@@ -48,128 +43,16 @@ FILES = "millstream.models.opened"
 _log = logging.getLogger("millstream.engine")
 
 
-@dataclass(slots=True)
-class _Output:
-    """What one output has come to."""
+class _Stream(Stream):
+    """A stream, its id in frames, and the connection it went over last."""
 
-    tokens: list[int] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-    ended: bool = False
-
-    @property
-    def begun(self) -> bool:
-        return self.ended or bool(self.tokens)
-
-
-class _Stream:
-    """One request on its way, and what its reader has not read yet."""
-
-    def __init__(self, wire_id: int, request: Request, outputs: int, resumes: bool, arrived: float) -> None:
-        self.wire_id, self.request, self.resumes, self.arrived = wire_id, request, resumes, arrived
-        self.outputs = [_Output() for _ in range(outputs)]
-        self.left = outputs
-        self.losses = 0
+    def __init__(self, wire_id: int, request: Request, facts: ModelFacts, seeds: random.Random) -> None:
+        super().__init__(request, facts, seeds, time.monotonic())
+        self.wire_id = wire_id
         self.sent_on: _Link | None = None
-        self.first_s: float | None = None
-        self.error: MillstreamError | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self._scores: tuple[TokenLogprobs | None, ...] | None = None
-        self._chunks: deque[Chunk] = deque()
-        self._news = asyncio.Event()
-
-    def message(self, now: float) -> wire.Submit:
-        """The request as the next engine must have it."""
-        request = self.request
-        prior = tuple(
-            Prior(index, tuple(one.tokens), one.cumulative_logprob, one.ended)
-            for index, one in enumerate(self.outputs)
-            if one.begun
-        )
-        if prior:
-            # The logprobs of the prompt came with the first of these tokens.
-            request = replace(request, prior=prior, params=replace(request.params, prompt_logprobs=None))
-        return wire.submit(self.wire_id, request, now - self.arrived)
-
-    def take(self, chunk: Chunk, now: float) -> None:
-        """News from the engine. What comes after an output's end is not meant for it."""
-        if not 0 <= chunk.index < len(self.outputs) or self.outputs[chunk.index].ended:
-            return
-        output = self.outputs[chunk.index]
-        first = not output.begun
-        if chunk.tokens or chunk.replaced:
-            self.first_s = now - self.arrived if self.first_s is None else self.first_s
-        output.tokens += chunk.tokens
-        output.cumulative_logprob = chunk.cumulative_logprob
-        changes: dict[str, Any] = {}
-        if self.request.params.prompt_logprobs is not None and first and len(self.outputs) > 1:
-            self._scores = self._scores or chunk.prompt_logprobs
-            changes["prompt_logprobs"] = self._scores
-        if chunk.request_id != self.request.id:
-            changes["request_id"] = self.request.id
-        if chunk.finish is not None:
-            output.ended = True
-            self.left -= 1
-            if self.losses and chunk.metrics is not None:
-                # The engine that ended it has not seen its beginning. All times by one clock, then: this process's.
-                queue_s, total_s = chunk.metrics.queue_s, now - self.arrived
-                if queue_s is not None:
-                    queue_s = min(queue_s, total_s if self.first_s is None else self.first_s)
-                changes["metrics"] = replace(chunk.metrics, queue_s=queue_s, ttft_s=self.first_s, total_s=total_s)
-        self._put(replace(chunk, **changes) if changes else chunk)
-
-    def end(self, reason: Finish, error: str | None = None) -> None:
-        """Ends what has not ended, without the engine."""
-        for index, output in enumerate(self.outputs):
-            if not output.ended:
-                output.ended = True
-                self.left -= 1
-                total = output.cumulative_logprob
-                self._put(Chunk(self.request.id, index, finish=reason, error=error, cumulative_logprob=total))
-
-    def fail(self, error: MillstreamError) -> None:
-        """It cannot go on. One that has said nothing yet can be asked again: its reader gets the error itself."""
-        if self.left == 0 or self.error is not None:
-            return
-        if any(output.begun for output in self.outputs):
-            self.end(Finish.ERROR, str(error))
-        else:
-            self.error = error
-            self._news.set()
-
-    async def next(self) -> Chunk:
-        """Raises the error of `fail`."""
-        while not self._chunks:
-            if self.error is not None:
-                raise self.error
-            self._news.clear()
-            await self._news.wait()
-        if len(self._chunks) > 1:
-            self._join()
-        return self._chunks.popleft()
-
-    def _put(self, chunk: Chunk) -> None:
-        self._chunks.append(chunk)
-        if len(self._chunks) >= JOIN_FROM * len(self.outputs):
-            self._join()
-        self._news.set()
-
-    def _join(self) -> None:
-        by_output: dict[int, list[Chunk]] = {}
-        for chunk in self._chunks:
-            by_output.setdefault(chunk.index, []).append(chunk)
-        self._chunks = deque(_joined(chunks) for chunks in by_output.values())
 
 
-def _joined(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks of one output as one."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return replace(
-        chunks[-1],
-        tokens=tuple(itertools.chain.from_iterable(chunk.tokens for chunk in chunks)),
-        logprobs=tuple(itertools.chain.from_iterable(chunk.logprobs for chunk in chunks)),
-        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not None), None),
-    )
+Connect = Callable[[Callable[[], asyncio.Protocol]], Awaitable[object]]
 
 
 class RemoteEngine:
@@ -178,14 +61,18 @@ class RemoteEngine:
     While it is away, requests that were inside wait for `patience_s`; one that was inside when the engine was lost for
     the `max_losses`-th time may be what kills it, and is not sent again. An engine that gives no sign of life for
     `quiet_s` is not ready, nor is one whose present turn lasts longer than `stall_s`. A request's `arrival` is in
-    seconds of `time.monotonic()`; 0 means now. `first_id` keeps the ids of requests to several engines
-    apart.
+    seconds of `time.monotonic()`; 0 means now. `first_id` keeps the ids of requests to several engines apart.
+
+    `connect` makes another connection than one over a Unix socket: it is given a maker of protocols, as
+    `loop.create_connection` is, and `path` is then only what it is called. Such an engine does not come back: what was
+    inside when it was lost fails, as does everything after it, with EngineClosed.
     """
 
     def __init__(
         self,
         path: str | Path,
         *,
+        connect: Connect | None = None,
         patience_s: float = 120.0,
         max_losses: int = 3,
         quiet_s: float = 3.0,
@@ -193,6 +80,7 @@ class RemoteEngine:
         first_id: int = 1,
     ) -> None:
         self.path = str(path)
+        self._connect, self._why = connect, ""
         self.patience_s, self.max_losses, self.quiet_s, self.stall_s = patience_s, max_losses, quiet_s, stall_s
         self.losses = 0
         self.resumed = 0
@@ -231,13 +119,13 @@ class RemoteEngine:
     async def facts(self) -> ModelFacts:
         await self._loaded.wait()
         if self._facts is None:
-            raise EngineClosed("the engine was closed before its model was loaded")
+            raise EngineClosed(f"the engine was closed before its model was loaded: {self._why}")
         return self._facts
 
     async def submit(self, request: Request) -> AsyncIterator[Chunk]:
         stream = self._open(request)
         try:
-            while stream.left or stream._chunks:
+            while stream.unread:
                 yield await stream.next()
         finally:
             self._close_stream(stream)
@@ -246,9 +134,7 @@ class RemoteEngine:
         stream = self._by_request.get(request_id)
         if stream is None or not stream.left:
             return
-        if stream.sent_on is not None and stream.sent_on is self._link:
-            self._say(wire.Abort(stream.wire_id))
-        else:
+        if not self._give_up(stream):
             stream.end(Finish.ABORT)
 
     async def events(self, *kinds: type[Event]) -> AsyncIterator[Event]:
@@ -297,14 +183,18 @@ class RemoteEngine:
     async def close(self) -> None:
         if self._closed:
             return
-        self._closed = True
         if self._keeper is not None:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
+        self._end("it was told to close")
+
+    def _end(self, why: str) -> None:
+        """Nobody is left waiting, and nothing more is taken."""
+        self._closed, self._why = True, self._why or why
         if self._away_timer is not None:
             self._away_timer.cancel()
-        gone = EngineClosed("the engine was closed")
+        gone = EngineClosed(f"the engine was closed: {self._why}")
         for stream in list(self._streams.values()):
             stream.fail(gone)
         self._fail_asks(gone)
@@ -324,19 +214,10 @@ class RemoteEngine:
         request.check(facts.limits)
         if request.id in self._by_request:
             raise BadRequest("id", request.id, "an id that no request inside has")
-        if request.prior:
-            raise BadRequest("prior", f"{len(request.prior)} outputs", "none: what is taken up is known here")
-        method = cast(DecodeMethod, registry.make("decode", request.decode or facts.decode))
-        if request.params.seed is None:
-            # An engine that takes it up must draw the same numbers.
-            request = replace(request, params=replace(request.params, seed=self._random.randrange(MAX_SEED)))
-        now = time.monotonic()
-        arrived = min(request.arrival or now, now)
-        stream = _Stream(self._wire_id(request.id), request, method.num_outputs(request), method.resumes, arrived)
+        stream = _Stream(self._wire_id(request.id), request, facts, self._random)
         self._streams[stream.wire_id] = self._by_request[request.id] = stream
         self._empty.clear()
-        if request.slo.deadline_s is not None:
-            self._watch_deadline(stream, max(0.0, arrived + request.slo.deadline_s - now) + DEADLINE_GRACE_S)
+        stream.watch_deadline(partial(self._give_up, stream))
         self._send(stream)
         return stream
 
@@ -348,8 +229,8 @@ class RemoteEngine:
 
     def _close_stream(self, stream: _Stream) -> None:
         """Its reader is done with it, or has left."""
-        if stream.left and stream.error is None and stream.sent_on is not None and stream.sent_on is self._link:
-            self._say(wire.Abort(stream.wire_id))
+        if stream.left and stream.error is None:
+            self._give_up(stream)
         if stream.timer is not None:
             stream.timer.cancel()
         if self._streams.pop(stream.wire_id, None) is not None:
@@ -363,24 +244,21 @@ class RemoteEngine:
 
     def _send(self, stream: _Stream) -> None:
         try:
-            self._say(stream.message(time.monotonic()))
+            self._say(wire.submit(stream.wire_id, stream.again(), time.monotonic() - stream.arrived))
             stream.sent_on = self._link
         except wire.WireError as error:
             stream.fail(BadRequest("request", "something that cannot be sent to the engine", f"what can be: {error}"))
 
-    def _watch_deadline(self, stream: _Stream, delay_s: float) -> None:
-        def late() -> None:
-            if not stream.left:
-                return
-            if stream.sent_on is not None and stream.sent_on is self._link:
-                self._say(wire.Abort(stream.wire_id))
-            stream.end(Finish.TIMEOUT)
-
-        stream.timer = asyncio.get_running_loop().call_later(delay_s, late)
+    def _give_up(self, stream: _Stream) -> bool:
+        """Tells the engine that nobody waits for it; False where the engine that has it is not there."""
+        if stream.sent_on is None or stream.sent_on is not self._link:
+            return False
+        self._say(wire.Abort(stream.wire_id))
+        return True
 
     def _must_be_there(self) -> ModelFacts:
         if self._closed:
-            raise EngineClosed("the engine was closed")
+            raise EngineClosed(f"the engine was closed: {self._why}")
         if self._facts is None:
             raise EngineAway("the model is being loaded")
         if self._link is None or not self._link.ready:
@@ -392,15 +270,25 @@ class RemoteEngine:
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            link = _Link(self)
             try:
-                _, link = await loop.create_unix_connection(lambda: _Link(self), self.path)
-            except OSError:
+                if self._connect is None:
+                    await loop.create_unix_connection(lambda link=link: link, self.path)  # type: ignore[misc]
+                else:
+                    await self._connect(lambda link=link: link)  # type: ignore[misc]
+            except OSError as error:
+                if self._connect is not None:
+                    self._end(str(error))
+                    return
                 await asyncio.sleep(RETRY_S)
                 continue
             self._link = link
             self._say(wire.Hello(wire.VERSION, os.getpid()))
-            await link.lost
+            why = await link.lost
             self._lost(link)
+            if self._connect is not None:
+                self._end(str(why or "the connection to it was lost"))
+                return
             await asyncio.sleep(RETRY_S)
 
     def _say(self, message: wire.ToEngine) -> None:
@@ -418,14 +306,11 @@ class RemoteEngine:
         for stream in list(self._streams.values()):
             if stream.sent_on is not link or not stream.left:
                 continue
-            stream.losses += 1
-            if stream.losses >= self.max_losses:
-                stream.fail(EngineAway(f"the engine was lost {stream.losses} times while this request was inside"))
-            elif not stream.resumes and any(output.begun for output in stream.outputs):
-                stream.fail(EngineAway("the engine was lost, and what this request had come to cannot be taken up"))
-        self._away_timer = asyncio.get_running_loop().call_later(self.patience_s, self._give_up)
+            if (error := stream.lost(self.max_losses)) is not None:
+                stream.fail(error)
+        self._away_timer = asyncio.get_running_loop().call_later(self.patience_s, self._out_of_patience)
 
-    def _give_up(self) -> None:
+    def _out_of_patience(self) -> None:
         for stream in list(self._streams.values()):
             stream.fail(EngineAway(f"the engine was lost and did not come back within {self.patience_s:g} s"))
 
@@ -510,13 +395,14 @@ class _Link(asyncio.Protocol):
     def __init__(self, remote: RemoteEngine) -> None:
         self.remote = remote
         self.ready = False
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._frames = wire.Frames(wire.MAX_TO_CLIENT)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Other loops have transports of their own, which are like these.
         self.transport = cast(asyncio.Transport, transport)
-        if not wire.peer_is_us(transport.get_extra_info("socket")):
+        sock = transport.get_extra_info("socket")
+        if sock is not None and not wire.peer_is_us(sock):
             _log.error("%s belongs to another user", self.remote.path)
             self.cut()
 
@@ -531,7 +417,7 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.lost.done():
-            self.lost.set_result(None)
+            self.lost.set_result(error)
 
     def say(self, message: wire.ToEngine) -> None:
         """Raises WireError for what is too long. Nobody is told of what a lost engine does not hear."""
