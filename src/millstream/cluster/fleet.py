@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from millstream.cluster.protocol import Done, Member, Router
 from millstream.core.errors import MillstreamError
 from millstream.core.request import Request
+from millstream.sched.protocol import StepCost
 
 
 class NoEngine(MillstreamError):
@@ -28,6 +29,12 @@ class Fleet:
         self.router = router
         self.members = list(members)
         self._sent: dict[int, _Sent] = {}
+
+    def add(self, name: str, speed: float = 1.0, cost: StepCost | None = None, up: bool = True) -> Member:
+        """One more engine, at a place of its own."""
+        member = Member(len(self.members), name, speed, cost, up)
+        self.members.append(member)
+        return member
 
     @property
     def up(self) -> list[Member]:

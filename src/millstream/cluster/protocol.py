@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from millstream.core.client import EngineClient
 from millstream.core.request import Request
 from millstream.sched.protocol import StepCost
 
@@ -108,6 +109,26 @@ class Autoscaler(Protocol):
     @abstractmethod
     def target(self, fleet: FleetView, now: float) -> int:
         """How many members there should be, those included that are starting."""
+        ...
+
+
+class Backend(Protocol):
+    """Makes engines, and ends them whatever state they are in. All is called from one event loop."""
+
+    async def start(self, name: str) -> EngineClient:
+        """A new engine, that loads its model yet: its `facts` wait for that, and raise where there will be none."""
+        ...
+
+    def alive(self, client: EngineClient) -> bool:
+        """False where it is known that the engine is gone; True says nothing."""
+        ...
+
+    async def kill(self, client: EngineClient) -> None:
+        """Ends an engine at once, and gives back what it had taken. One that is gone is no error."""
+        ...
+
+    async def close(self) -> None:
+        """Ends all of them."""
         ...
 
 

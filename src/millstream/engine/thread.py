@@ -87,6 +87,11 @@ class EngineThread:
     def busy(self) -> bool:
         return not self._idle.is_set()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it has not failed, and was not closed."""
+        return self.error is None and not self._closing
+
     def call(self, work: Callable[[Engine], object]) -> object:
         """Runs `work` between two steps and returns what it gives."""
         done = threading.Event()
@@ -266,7 +271,7 @@ class AsyncEngine:
         return await done
 
     async def ready(self) -> bool:
-        return self.thread.error is None and not self._draining
+        return self.thread.alive and not self._draining
 
     async def drain(self) -> None:
         self._draining = True
