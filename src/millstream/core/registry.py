@@ -108,8 +108,10 @@ def module(point: str, name: str) -> ModuleType:
     # The dot check keeps `name` from reaching outside of its folder.
     if "." in name or not name or name not in names(point):
         raise UnknownName(point, name, names(point))
+    found = importlib.import_module(path)
+    # Not before it is whole: on another thread somebody may ask for it too.
     _found.add(path)
-    return importlib.import_module(path)
+    return found
 
 
 def card(point: str, name: str) -> Card:

@@ -516,7 +516,7 @@ def test_events_and_loads_and_calls_are_those_of_all():
         await asyncio.gather(*(read.task for read in reads))
         while len(seen) < 12:
             await asyncio.sleep(0.01)
-        ids = {event.seq.request.id for event in seen}
+        ids = {event.seq.request_id for event in seen}
         assert ids == {read.request.id for read in reads} and later == 2
         load = await cluster.load()
         assert load.total_blocks == 3 * engines[0].engine.scheduler.ledger.total()
