@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,6 +99,10 @@ class EngineServer:
         sock = wire.listen(self.path)
         self._inode = self.path.stat().st_ino
         self._server = await self._loop.create_unix_server(partial(_Client, self), sock=sock)
+
+    def client(self) -> asyncio.Protocol:
+        """One more client, for whoever brings a transport to it that is no socket of this server's."""
+        return _Client(self)
 
     def attach(self, engine: Engine, facts: ModelFacts) -> None:
         """The model is loaded: its engine starts, and requests are taken."""
@@ -364,7 +368,7 @@ class _Client(asyncio.Protocol):
         # Other loops have transports of their own, which are like these.
         self.transport = cast(asyncio.Transport, transport)
         sock = transport.get_extra_info("socket")
-        if not wire.peer_is_us(sock):
+        if sock is not None and not wire.peer_is_us(sock):
             self.server.counters["refused_peers"] += 1
             self._drop("it belongs to another user")
             return
@@ -453,7 +457,12 @@ def make_from(file: Path) -> tuple[Engine, ModelFacts]:
     model = tree.get("model")
     if not isinstance(model, str) or not model:
         raise ConfigError(f"{file}: model is {model!r}, allowed is a model's name or path")
-    config = build(EngineConfig, tree.get("engine", {}), "engine")
+    return make_of(model, tree.get("engine", {}))
+
+
+def make_of(model: str, tree: Mapping[str, Any]) -> tuple[Engine, ModelFacts]:
+    """The engine of a model, with the settings of a tree `[engine]`. Raises as `assemble` does."""
+    config = build(EngineConfig, tree, "engine")
     made = assemble(model, config, notice=_log.info, tune=True)
     return made.engine, facts_of(made, model)
 
@@ -474,7 +483,7 @@ async def serve(path: Path, make: Make, parent: int | None = None, drain_s: floa
     alone = asyncio.ensure_future(_alone(server, parent))
     try:
         made: asyncio.Future[tuple[Engine, ModelFacts]] = loop.create_future()
-        threading.Thread(target=_making, args=(make, loop, made), name="millstream-load", daemon=True).start()
+        threading.Thread(target=making, args=(make, loop, made), name="millstream-load", daemon=True).start()
         await asyncio.wait((made, stopped, alone), return_when=asyncio.FIRST_COMPLETED)
         if not made.done():
             return Exit.DONE if stopped.done() else Exit.ORPHANED
@@ -507,7 +516,8 @@ async def _alone(server: EngineServer, parent: int | None) -> None:
         server.beat()
 
 
-def _making(make: Make, loop: asyncio.AbstractEventLoop, made: asyncio.Future[Any]) -> None:
+def making(make: Make, loop: asyncio.AbstractEventLoop, made: asyncio.Future[Any]) -> None:
+    """Settles `made`, which is the loop's, with what `make` gives or raises; for a thread of its own."""
     settle: Callable[[], None]
     try:
         settle = partial(made.set_result, make())

@@ -34,6 +34,8 @@ from millstream.engine.stream import Stream
 from millstream.text.tokenizer import Tokenizer
 
 RETRY_S = 0.05
+# Beats come with news, many times a second; that this process lives need not be said as often.
+ALIVE_S = 0.2
 # Requests that ended here and whose last events may still come.
 MAX_RECENT = 4096
 MAX_UNSENT = 64 << 20
@@ -100,11 +102,16 @@ class RemoteEngine:
         self._empty = asyncio.Event()
         self._empty.set()
         self._beat: wire.Beat | None = None
-        self._beat_at = 0.0
+        self._beat_at = self._alive_at = 0.0
         self._away_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._closed = False
         self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or is gone for good."""
+        return self._closed
 
     async def start(self) -> None:
         """Begins to look for the engine, and goes on until closed. Does not wait for it: `facts` does."""
@@ -352,7 +359,9 @@ class RemoteEngine:
                     stream.take(chunk, now)
         elif isinstance(message, wire.Beat):
             self._beat, self._beat_at = message, now
-            link.say(wire.Alive())
+            if now - self._alive_at >= ALIVE_S:
+                self._alive_at = now
+                link.say(wire.Alive())
         elif isinstance(message, wire.Happened):
             self._happened(message)
         elif isinstance(message, wire.Refused):
