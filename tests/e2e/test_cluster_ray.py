@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ENGINES = Path(__file__).parents[1] / "unit" / "engine"
-sys.path.insert(0, str(ENGINES))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "engine"))
 
 from harness import VOCAB
 from null_process import make_null
@@ -30,6 +29,7 @@ from millstream.core.sequence import Finish
 from millstream.runner.null_runner import expected
 from tiny_files import build_model
 
+ENGINES = Path(__file__).parents[1] / "unit" / "engine"
 CONFIG = ClusterConfig(replicas=2, check_s=0.1, suspect_s=1.5, lost_s=3.0, max_losses=5)
 # Actors import what this process does, the engine of tests included.
 PATH = (str(ENGINES), str(ENGINES.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")]))
