@@ -53,6 +53,11 @@ _FLAGS: Mapping[str, tuple[tuple[str, str, type, str], ...]] = {
             "model (or auto): its own sampling defaults; none (or vllm): not those",
         ),
     ),
+    "several engines": (
+        ("--replicas", "cluster.replicas", int, "engines behind this server, as Ray actors (default 1, without Ray)"),
+        ("--router", "cluster.router", str, "which of them gets a request (default least-work)"),
+        ("--ray-address", "cluster.ray.address", str, "of a Ray cluster, or auto (default: one of this server's own)"),
+    ),
     "the engine": (
         ("--dtype", "engine.model.dtype", str, "of weights and activations (default float32)"),
         ("--weights", "engine.model.weights", str, "dense (default), blocks (as stored in a GGUF file), or a format"),
@@ -71,7 +76,9 @@ _OF_ENGINE = ("cache", "sched", "runner", "decode", "seed")
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help=f"{MODEL_HELP} (default {DEFAULT_MODEL})")
-    parser.add_argument("--config", metavar="FILE", help="a TOML or YAML file: model, [serve], [engine], [supervisor]")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a TOML or YAML file: model, [serve], [engine], [cluster], [supervisor]"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=C", help="one setting of the tree; may be repeated"
     )
@@ -157,13 +164,17 @@ def tree_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def check(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with all defaults in it and without secrets. Raises ConfigError and BadFile."""
+    from importlib.util import find_spec
+
+    from millstream.cluster.config import ClusterConfig
     from millstream.config.load import build, tree_of
     from millstream.config.schema import EngineConfig, LogConfig
+    from millstream.core import registry
     from millstream.serve.auth import entries_of
     from millstream.serve.config import ServeConfig, without_secrets
     from millstream.serve.supervisor import EmbeddingConfig, SupervisorConfig
 
-    known = ("model", "engine", "embedding", "serve", "supervisor", "log")
+    known = ("model", "engine", "embedding", "serve", "cluster", "supervisor", "log")
     for name in tree:
         if name not in known:
             from millstream.core.errors import nearest
@@ -177,12 +188,21 @@ def check(tree: Mapping[str, Any]) -> dict[str, Any]:
     engine = build(EngineConfig, tree.get("engine", {}), "engine")
     embedding = build(EmbeddingConfig, tree.get("embedding", {}), "embedding")
     supervisor = build(SupervisorConfig, tree.get("supervisor", {}), "supervisor")
+    cluster = build(ClusterConfig, tree.get("cluster", {}), "cluster")
     serve.check(bool(entries_of(serve.auth)))
+    registry.options("router", cluster.router)
+    if cluster.autoscaler is not None:
+        registry.options("autoscaler", cluster.autoscaler)
+    if cluster.wanted and find_spec("ray") is None:
+        raise ConfigError(
+            "cluster: several engines run on Ray, which is not installed; pip install 'millstream[cluster]'"
+        )
     whole = {
         "model": tree["model"],
         "engine": tree_of(engine),
         **({"embedding": tree_of(embedding)} if embedding.model else {}),
         "serve": tree_of(serve),
+        **({"cluster": tree_of(cluster)} if cluster.wanted else {}),
         "supervisor": tree_of(supervisor),
         "log": tree_of(build(LogConfig, tree.get("log", {}), "log")),
     }

@@ -21,7 +21,7 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from millstream.cluster.config import ClusterConfig
@@ -127,6 +127,7 @@ class Replica:
     speed: float
     pace_s: float | None
     age_s: float
+    pid: int | None = None
 
 
 class ClusterClient:
@@ -212,6 +213,10 @@ class ClusterClient:
             _log.info("engine %s is let go", node.member.name)
         await self._end(node)
 
+    def let_go(self, place: int) -> None:
+        """Begins to `remove` an engine, once what is inside has ended; a backend starts another meanwhile."""
+        self._background(self.remove(place))
+
     def members(self) -> list[Replica]:
         """The engines that there are, in order of place; those that are gone are not among them."""
         now = time.monotonic()
@@ -226,6 +231,7 @@ class ClusterClient:
                 node.member.speed,
                 node.pace_s,
                 now - node.started_at,
+                getattr(node.client, "engine_pid", None),
             )
             for node in self._nodes
             if not node.gone
@@ -262,6 +268,12 @@ class ClusterClient:
 
     def new_id(self) -> int:
         return next(self._ids)
+
+    async def given_up(self) -> str:
+        """Waits until no more engines will be started, and says why."""
+        while not self._why or self._closed:
+            await asyncio.sleep(self.config.check_s)
+        return self._why
 
     async def facts(self) -> ModelFacts:
         """Those of the engine that was there first; with these all others agree."""
@@ -716,6 +728,10 @@ class ClusterClient:
             self._known.set()
         elif (other := _unlike(self._facts, facts)) is not None:
             raise ConfigError(f"engine {node.member.name} serves something else than the others: {other}")
+        elif facts.limits.kv_tokens < self._facts.limits.kv_tokens:
+            # What is taken must fit wherever it may go.
+            limits = replace(self._facts.limits, kv_tokens=facts.limits.kv_tokens)
+            self._facts = replace(self._facts, limits=limits)
         if node.gone:
             raise EngineClosed("it was let go while it loaded its model")
         node.ready, node.heard_at = True, time.monotonic()
@@ -839,6 +855,8 @@ class _Unborn:
     async def close(self) -> None:
         return
 
+    engine_pid = None
+
     def __getattr__(self, name: str) -> Any:
         raise EngineAway("the engine is being started")
 
@@ -856,8 +874,6 @@ def _unlike(one: ModelFacts, other: ModelFacts) -> str | None:
     ours, its = one.limits, other.limits
     if (ours.vocab_size, ours.kinds, ours.max_context) != (its.vocab_size, its.kinds, its.max_context):
         return "its limits are others"
-    if its.kv_tokens < ours.kv_tokens:
-        return f"its cache holds {its.kv_tokens} tokens, not {ours.kv_tokens}"
     return None
 
 

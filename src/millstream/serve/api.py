@@ -1,5 +1,7 @@
 """The API process: `python -m millstream.serve.api --socket PATH --config FILE`, a client of the engine at that socket.
 
+Without a socket it starts the engines itself, as many as `[cluster]` says.
+
 The file holds `[serve]` (where to listen, for whom, how much) and `[supervisor]` (how long draining may take); what
 else it holds is for others. The port is open at once: `/health` says that this process lives, `/ready` whether a
 request sent now would be served, which waits for the model and is taken back when the engine is lost or the server
@@ -29,7 +31,11 @@ from typing import Any
 
 import uvicorn
 
-from millstream.config.load import build, log_by, read_file
+from millstream.cluster.client import ClusterClient
+from millstream.cluster.config import ClusterConfig
+from millstream.cluster.ray_backend import RayBackend
+from millstream.config.load import build, log_by, merge, read_file
+from millstream.core import registry
 from millstream.core.client import EngineClient
 from millstream.core.errors import EngineClosed, MillstreamError
 from millstream.core.logs import set_up_logs
@@ -78,6 +84,19 @@ class Life:
                 _log.error("a part of the server could not take the new configuration: %s", error)
             except Exception:
                 _log.exception("a part of the server could not take the new configuration")
+
+
+def cluster_of(tree: Mapping[str, Any]) -> ClusterClient:
+    """The engines that a config's tree asks for, on Ray. Raises ConfigError and UnknownName."""
+    config = build(ClusterConfig, tree.get("cluster", {}), "cluster")
+    engine = merge({}, tree.get("engine", {}))
+    if not config.ray.address:
+        # All of them are on this machine: together they may use its cores once.
+        threads = max(1, int(config.ray.num_cpus) or (os.cpu_count() or 1) // config.most)
+        engine = merge({"runner": {"threads": threads}}, engine)
+    backend = RayBackend.of(str(tree["model"]), engine, config.ray)
+    autoscaler = None if config.autoscaler is None else registry.make("autoscaler", config.autoscaler)
+    return ClusterClient(registry.make("router", config.router), config, backend, autoscaler)
 
 
 def make_app(life: Life, tree: Mapping[str, Any]) -> App:
@@ -135,7 +154,7 @@ def _room_for(limits: LimitsConfig) -> LimitsConfig:
 
 
 async def serve(
-    engine: Path,
+    engine: Path | None,
     file: Path,
     parent: int | None = None,
     make: Callable[[Life, Mapping[str, Any]], App] = make_app,
@@ -150,7 +169,7 @@ async def serve(
     told: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.put_nowait, number)
-    client = RemoteEngine(engine)
+    client = cluster_of(tree) if engine is None else RemoteEngine(engine)
     beside = None if embedding is None else RemoteEngine(embedding, first_id=BESIDE)
     life = Life(client, lambda: told.put_nowait(signal.SIGTERM), beside)
     loop.add_signal_handler(signal.SIGHUP, _reload, life, file)
@@ -174,20 +193,24 @@ async def serve(
         serving = asyncio.ensure_future(_serve_all(servers, socks))
         stopped = asyncio.ensure_future(told.get())
         alone = asyncio.ensure_future(_alone(parent))
+        given_up = asyncio.ensure_future(client.given_up() if isinstance(client, ClusterClient) else _never())
         greeting = asyncio.ensure_future(_announce(app, url_of(socks[0], bool(config.tls.certfile)), config))
         _log.info("listening at %s", url_of(socks[0], bool(config.tls.certfile)))
         if len(socks) > 1:
             _log.info("the admin listens at %s", url_of(socks[1]))
         try:
-            await asyncio.wait((serving, stopped, alone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((serving, stopped, alone, given_up), return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 serving.result()
                 return Exit.FAILED
             if alone.done():
                 return Exit.ORPHANED
+            if given_up.done():
+                _log.error("there is no engine, and there will be none: %s", given_up.result())
+                return Exit.ENGINE
             return await _drain(life, servers, serving, told, drain_s)
         finally:
-            for task in (stopped, alone, greeting, serving):
+            for task in (stopped, alone, greeting, serving, given_up):
                 task.cancel()
             await asyncio.gather(serving, greeting, return_exceptions=True)
             if config.uds:
@@ -268,6 +291,11 @@ async def _finish(life: Life) -> None:
     await asyncio.gather(*(one.drain() for one in (life.client, life.embedding) if one is not None))
 
 
+async def _never() -> str:
+    never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    return await never
+
+
 async def _alone(parent: int | None) -> None:
     """Returns when the parent is gone."""
     while parent is None or not orphaned(parent):
@@ -296,7 +324,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("millstream.serve.api", description="The API process of a server.")
-    parser.add_argument("--socket", type=Path, required=True, help="the engine's")
+    parser.add_argument("--socket", type=Path, help="the engine's; without one [cluster] says where the engines are")
     parser.add_argument("--config", type=Path, required=True, help="TOML, YAML or JSON: [serve] and [supervisor]")
     parser.add_argument("--embedding-socket", type=Path, help="that of a second engine, of an embedding model")
     parser.add_argument("--parent", type=int, help="end when the process of this id is no longer the parent")

@@ -19,6 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 import millstream
+from millstream.cluster.client import Replica
 from millstream.core.client import EngineClient, Load, RequestMetrics
 from millstream.core.events import Event, Preempted, Stepped
 from millstream.core.sequence import Finish
@@ -94,6 +95,7 @@ class Metrics:
         self._kv_total_bytes = 0
         self._tokens = token_bounds(max_context)
         self._declare_engine()
+        self._declare_replicas()
         self._declare_requests()
         self._declare_server()
         self.build.set(1, millstream.__version__, python_version())
@@ -204,6 +206,35 @@ class Metrics:
         self.restarts = self._counter("engine_restarts", "Engines that were lost; a new one takes their place.")
         self.resumed = self._counter("resumed_requests", "Requests that a new engine took up where one was lost.")
         self.engine_up.set(0)
+
+    def _declare_replicas(self) -> None:
+        self.replica_up = self._gauge("replica_up", "1 while an engine of the cluster takes requests.", "replica")
+        self.replica_requests = self._gauge("replica_requests", "Requests inside an engine of the cluster.", "replica")
+        self.replica_work = self._gauge(
+            "replica_work_tokens", "Prompt tokens of the requests inside an engine of the cluster.", "replica"
+        )
+        self.replica_speed = self._gauge(
+            "replica_speed", "How fast an engine is beside the others, as routers see it: 1 is as the usual.", "replica"
+        )
+        self.replicas_wanted = self._gauge("replicas_wanted", "Engines that the cluster should have.")
+        self.replicas_lost = self._counter("replicas_lost", "Engines of the cluster that were lost.")
+        self.migrations = self._counter("migrations", "Requests that went on in another engine of the cluster.")
+
+    def replicas(self, found: Iterable[Replica], wanted: int, lost: int, migrations: int) -> None:
+        """Takes how the engines of a cluster get on."""
+        gauges = (self.replica_up, self.replica_requests, self.replica_work, self.replica_speed)
+        shown = {(one.name,): one for one in found}
+        for gauge in gauges:
+            # One that is gone is not up; its name is the next one's.
+            gauge.values = {key: 0.0 for key in gauge.values if key not in shown}
+        for (name,), one in shown.items():
+            for gauge, value in zip(
+                gauges, (one.state == "up", one.requests, one.prompt_tokens, one.speed), strict=True
+            ):
+                gauge.set(value, name)
+        self.replicas_wanted.set(wanted)
+        self.replicas_lost.values[()] = float(lost)
+        self.migrations.values[()] = float(migrations)
 
     def _declare_requests(self) -> None:
         self.requests = self._counter(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from millstream.cluster.client import ClusterClient
 from millstream.core.client import Chunk, EngineClient, Load, ModelFacts
 from millstream.core.errors import ConfigError, EngineClosed
 from millstream.core.events import Admitted, Event, Finished, Preempted, Prefilled, Stepped, Submitted
@@ -266,6 +267,8 @@ class Observatory:
         load = await load_of(client)
         for _ in range(self.metrics.look_at(client)):
             self.restarted()
+        if isinstance(client, ClusterClient):
+            self.metrics.replicas(client.members(), client.target, client.lost, client.migrations)
         self.metrics.loaded(load, await client.ready())
         return load
 

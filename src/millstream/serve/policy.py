@@ -203,6 +203,10 @@ POLICIES: Mapping[tuple[str, str], Policy] = {
     # the admin listener
     ("POST", "/admin/drain"): _admin("Finish what is inside, take nothing more, and end", body=Body.SMALL_JSON),
     ("POST", "/admin/cache/reset"): _admin("Forget all cached prefixes", body=Body.SMALL_JSON),
+    ("GET", "/admin/replicas"): _admin("The engines of a cluster, and how they get on"),
+    ("POST", "/admin/replicas/{name}/drain"): _admin(
+        "Let an engine of a cluster finish what it has, and start another in its place", body=Body.SMALL_JSON
+    ),
     ("GET", "/admin/config"): _admin("The configuration, without secrets"),
     ("GET", "/admin/requests/{id}/timeline"): _admin("What happened to a request of any key"),
     ("POST", "/admin/log-level"): _admin("How much is logged", body=Body.SMALL_JSON, asks=LogLevelAsk),

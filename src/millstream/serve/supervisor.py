@@ -2,6 +2,7 @@
 
     supervisor -+- engine    python -m millstream.engine.process   weights, steps; at a Unix socket
                 +- engine    another one, of an embedding model, where one is asked for
+                             (none of a cluster: the API process starts these, cluster/ray_backend.py)
                 `- API       python -m millstream.serve.api        HTTP, tokenizers; a client of these sockets
 
 It computes nothing itself, so that little can go wrong in it. A process that ended is started again after a pause that
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from millstream.cluster.config import ClusterConfig
 from millstream.config.load import build, log_by, read_file, runtime_dir
 from millstream.config.schema import EngineConfig
 from millstream.core.errors import ConfigError, MillstreamError
@@ -135,13 +137,14 @@ class Supervisor:
     """Runs its commands until told to stop, or until it must give up.
 
     `reload` is called at SIGHUP, before the API hears of it; where it raises OSError or an error of ours, nothing is.
-    `engine` and `api` must serve, and use, the engine at `socket`; `beside` has other engines by what they are called,
+    `engine` and `api` must serve, and use, the engine at `socket`; without `engine`, the API has engines of its own.
+    `beside` has other engines by what they are called,
     and their sockets.
     """
 
     def __init__(
         self,
-        engine: Command,
+        engine: Command | None,
         api: Command,
         socket: Path,
         config: SupervisorConfig | None = None,
@@ -149,7 +152,7 @@ class Supervisor:
         beside: Mapping[str, tuple[Command, Path]] | None = None,
     ) -> None:
         self.config = config or SupervisorConfig()
-        engines = {"engine": (engine, socket), **(beside or {})}
+        engines = {**({} if engine is None else {"engine": (engine, socket)}), **(beside or {})}
         self._sockets = {name: path for name, (_, path) in engines.items()}
         self._commands = {name: tuple(command) for name, (command, _) in engines.items()} | {"API": tuple(api)}
         self._reload = reload
@@ -304,7 +307,7 @@ class Supervisor:
                     why = health.wrong(now) if name in self._children else None
                     if why is not None:
                         self._kill(name, why)
-                if max(self._api_silent.values()) >= SILENT_BEATS:
+                if max(self._api_silent.values(), default=0) >= SILENT_BEATS:
                     self._api_silent = dict.fromkeys(self._sockets, 0)
                     self._kill("API", f"no sign of life for {self.config.silence_s:g} s")
         finally:
@@ -386,8 +389,8 @@ def write_launch(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def supervise(read: Callable[[], Mapping[str, Any]]) -> int:
-    """Runs a server as the tree that `read` gives says: `model`, and the tables `engine`, `embedding`, `serve` and
-    `supervisor`.
+    """Runs a server as the tree that `read` gives says: `model`, and the tables `engine`, `embedding`, `cluster`,
+    `serve` and `supervisor`.
 
     It is read again at SIGHUP; what is in `serve` may change then. Returns an exit code. Raises ConfigError, BadFile.
     """
@@ -399,8 +402,13 @@ def supervise(read: Callable[[], Mapping[str, Any]]) -> int:
     try:
         launch, socket = folder / "launch.json", folder / "engine.sock"
         write_launch(launch, tree)
-        given = ("--socket", str(socket), "--config", str(launch), "--parent", str(os.getpid()))
+        given = ("--config", str(launch), "--parent", str(os.getpid()))
+        engine: Command | None = (sys.executable, "-m", "millstream.engine.process", "--socket", str(socket), *given)
         api: Command = (sys.executable, "-m", "millstream.serve.api", *given)
+        if build(ClusterConfig, tree.get("cluster", {}), "cluster").wanted:
+            engine = None
+        else:
+            api = (*api, "--socket", str(socket))
         beside: dict[str, tuple[Command, Path]] = {}
         if second:
             own, other = folder / "embedding.json", folder / "embedding.sock"
@@ -409,7 +417,7 @@ def supervise(read: Callable[[], Mapping[str, Any]]) -> int:
             beside["embedding engine"] = ((sys.executable, "-m", "millstream.engine.process", *words), other)
             api = (*api, "--embedding-socket", str(other))
         supervisor = Supervisor(
-            (sys.executable, "-m", "millstream.engine.process", *given),
+            engine,
             api,
             socket,
             config,
