@@ -11,6 +11,7 @@ import errno
 import json
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from millstream.cli.options import MODEL_HELP
@@ -56,7 +57,7 @@ _FLAGS: Mapping[str, tuple[tuple[str, str, type, str], ...]] = {
     "several engines": (
         ("--replicas", "cluster.replicas", int, "engines behind this server, as Ray actors (default 1, without Ray)"),
         ("--router", "cluster.router", str, "which of them gets a request (default least-work)"),
-        ("--ray-address", "cluster.ray.address", str, "of a Ray cluster, or auto (default: one of this server's own)"),
+        ("--ray-address", "cluster.ray.address", str, "of a Ray cluster, auto, or local (default): this server's own"),
     ),
     "the engine": (
         ("--dtype", "engine.model.dtype", str, "of weights and activations (default float32)"),
@@ -128,6 +129,10 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(checked, indent=2))
         return 0
+    if "cluster" in checked and find_spec("ray") is None:
+        raise ConfigError(
+            "cluster: several engines run on Ray, which is not installed; pip install 'millstream[cluster]'"
+        )
     if (taken := _taken(tree)) is not None:
         print(f"millstream: {taken}", file=sys.stderr)
         return Exit.ADDRESS
@@ -164,8 +169,6 @@ def tree_of_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def check(tree: Mapping[str, Any]) -> dict[str, Any]:
     """The tree with all defaults in it and without secrets. Raises ConfigError and BadFile."""
-    from importlib.util import find_spec
-
     from millstream.cluster.config import ClusterConfig
     from millstream.config.load import build, tree_of
     from millstream.config.schema import EngineConfig, LogConfig
@@ -193,10 +196,6 @@ def check(tree: Mapping[str, Any]) -> dict[str, Any]:
     registry.options("router", cluster.router)
     if cluster.autoscaler is not None:
         registry.options("autoscaler", cluster.autoscaler)
-    if cluster.wanted and find_spec("ray") is None:
-        raise ConfigError(
-            "cluster: several engines run on Ray, which is not installed; pip install 'millstream[cluster]'"
-        )
     whole = {
         "model": tree["model"],
         "engine": tree_of(engine),

@@ -10,9 +10,9 @@ from millstream.core.registry import Choice
 
 @dataclass(frozen=True, slots=True)
 class RayConfig:
-    """Where engines run. `address` is that of a Ray cluster ("auto": the one this machine is part of), or "" for one of
-    this server's own, with an object store of `object_store_bytes`. Each engine asks it for `num_cpus` and `num_gpus`;
-    0 CPUs of a cluster of its own are all of the machine's, for all engines together.
+    """Where engines run. `address` is that of a Ray cluster ("auto": the one this machine is part of), or "local" for
+    one of this server's own, with an object store of `object_store_bytes`; "" is that too, and one engine alone is then
+    a plain process. Each engine asks for `num_cpus` and `num_gpus`; with 0 CPUs engines on one machine share its cores.
     """
 
     address: str = ""
@@ -20,9 +20,16 @@ class RayConfig:
     num_gpus: float = 0.0
     object_store_bytes: int = 80_000_000
 
+    @property
+    def local(self) -> bool:
+        """Whether it is a cluster of this server's own."""
+        return self.address in ("", "local")
+
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.num_gpus < 0:
             raise ConfigError(f"cluster.ray: got num_cpus {self.num_cpus} and num_gpus {self.num_gpus}, both from 0")
+        if self.num_cpus >= 1 and self.num_cpus != int(self.num_cpus):
+            raise ConfigError(f"cluster.ray.num_cpus: got {self.num_cpus}, allowed are whole numbers, and below 1 any")
         if self.object_store_bytes < 78_643_200:
             raise ConfigError(
                 f"cluster.ray.object_store_bytes: got {self.object_store_bytes}, allowed are numbers from 78643200"
@@ -31,7 +38,7 @@ class RayConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """`replicas` engines behind `router`. With one, and no `autoscaler`, there is no cluster.
+    """`replicas` engines behind `router`. With one, no `autoscaler` and no `ray.address` there is no cluster.
 
     An `autoscaler` is asked every `interval_s` how many there should be, from `min_replicas` to `max_replicas` (0: as
     many as `replicas`), and sees what requests were promised and got in the last `window_s`.
@@ -77,8 +84,8 @@ class ClusterConfig:
 
     @property
     def wanted(self) -> bool:
-        """Whether there is more than one engine, or may be."""
-        return self.replicas > 1 or self.autoscaler is not None
+        """Whether engines run on Ray: there is more than one, or may be, or it is asked for."""
+        return self.replicas > 1 or self.autoscaler is not None or bool(self.ray.address)
 
     @property
     def most(self) -> int:

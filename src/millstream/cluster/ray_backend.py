@@ -278,7 +278,7 @@ class RayBackend:
         with contextlib.suppress(Exception):
             self._ray.kill(actor, no_restart=True)
         # One that was stopped (SIGSTOP) hears nothing of it.
-        if pid is not None and self.config.address == "" and _is_actor(pid):
+        if pid is not None and self.config.local and _is_actor(pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -289,10 +289,11 @@ class RayBackend:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         config = self.config
         given: dict[str, Any] = {}
-        if config.address:
+        if not config.local:
             given["address"] = config.address
         else:
             given |= {
+                "address": "local",
                 "object_store_memory": config.object_store_bytes,
                 "include_dashboard": False,
                 # As many engines as are asked for, also on a machine with fewer cores.

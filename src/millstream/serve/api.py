@@ -90,10 +90,12 @@ def cluster_of(tree: Mapping[str, Any]) -> ClusterClient:
     """The engines that a config's tree asks for, on Ray. Raises ConfigError and UnknownName."""
     config = build(ClusterConfig, tree.get("cluster", {}), "cluster")
     engine = merge({}, tree.get("engine", {}))
-    if not config.ray.address:
+    if config.ray.num_cpus >= 1:
+        engine = merge({"runner": {"threads": int(config.ray.num_cpus)}}, engine)
+    elif config.ray.local:
         # All of them are on this machine: together they may use its cores once.
-        threads = max(1, int(config.ray.num_cpus) or (os.cpu_count() or 1) // config.most)
-        engine = merge({"runner": {"threads": threads}}, engine)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        engine = merge({"runner": {"threads": max(1, cores // config.most)}}, engine)
     backend = RayBackend.of(str(tree["model"]), engine, config.ray)
     autoscaler = None if config.autoscaler is None else registry.make("autoscaler", config.autoscaler)
     return ClusterClient(registry.make("router", config.router), config, backend, autoscaler)
