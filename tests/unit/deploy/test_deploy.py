@@ -232,3 +232,30 @@ def test_the_server_takes_its_command_and_lets_nobody_in_unasked(where, tmp_path
     assert shown["log"]["format"] == "json" and shown["serve"]["host"] == "0.0.0.0"
     assert shown["serve"]["port"] == 8000 and shown["model"] == "smollm2-135m"
     assert shown["serve"]["auth"]["allow_unauthenticated"] == (where == "compose")
+
+
+def test_the_ray_job_asks_for_what_the_command_and_its_workers_have():
+    job, service = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and service["kind"] == "Service"
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert words[:2] == ["millstream", "serve"]
+    parser = argparse.ArgumentParser()
+    serve.arguments(parser)
+    without_keys = [word for word in words[2:] if word != "--api-key-file" and not word.startswith("/etc/")]
+    tree = serve.tree_of_arguments(parser.parse_args(without_keys))
+    tree["serve"]["auth"]["allow_unauthenticated"] = True
+    cluster = serve.check(tree)["cluster"]
+    assert cluster["ray"]["address"] == "auto"
+    head, (workers,) = job["spec"]["rayClusterSpec"]["headGroupSpec"], job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert float(workers["rayStartParams"]["num-cpus"]) == cluster["ray"]["num_cpus"]
+    assert workers["minReplicas"] <= cluster["replicas"] == workers["replicas"] <= workers["maxReplicas"]
+    (container,) = head["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["http"] == tree["serve"]["port"] and container["readinessProbe"]["httpGet"]["path"] == "/ready"
+    (port,) = service["spec"]["ports"]
+    assert port["targetPort"] in ports
+    assert service["spec"]["selector"].items() <= head["template"]["metadata"]["labels"].items()
+    assert not service["spec"]["selector"].items() <= workers["template"]["metadata"]["labels"].items()
+    keys = head["template"]["spec"]["volumes"][0]["secret"]["items"][0]["path"]
+    assert f"{container['volumeMounts'][0]['mountPath']}/{keys}" in words

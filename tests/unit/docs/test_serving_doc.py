@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from millstream.cli.main import parser_of
+from millstream.cluster.config import ClusterConfig
 from millstream.config.load import build, tree_of
 from millstream.config.schema import EngineConfig, LogConfig
 from millstream.engine.exits import Exit
@@ -18,7 +19,7 @@ from millstream.serve.supervisor import EmbeddingConfig, SupervisorConfig
 DOC = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
 TREE = {
     "serve": ServeConfig, "engine": EngineConfig, "supervisor": SupervisorConfig, "log": LogConfig,
-    "embedding": EmbeddingConfig,
+    "embedding": EmbeddingConfig, "cluster": ClusterConfig,
 }  # fmt: skip
 # They are said elsewhere, or say themselves.
 ELSEWHERE = {"--help", "--debug"}
@@ -32,7 +33,7 @@ def test_the_flags_are_those_of_the_command() -> None:
 
 
 def test_the_settings_are_there() -> None:
-    for path in re.findall(r"`((?:serve|engine|supervisor|log|embedding)(?:\.[a-z_]+)*)`", DOC):
+    for path in re.findall(r"`((?:serve|engine|supervisor|log|embedding|cluster)(?:\.[a-z_]+)*)`", DOC):
         at: Any = TREE[path.split(".")[0]]
         for name in path.split(".")[1:]:
             fields = {field.name: field for field in dataclasses.fields(at)}
