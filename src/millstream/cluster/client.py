@@ -691,6 +691,12 @@ class ClusterClient:
             for name in _LEVELS:
                 self._gone_counters.pop(name, None)
 
+    def _forget(self, node: _Node) -> None:
+        """One that was never up: nobody knows its place, so that failed starts need not be kept."""
+        if node is self._nodes[-1] and not node.ready:
+            self._nodes.pop()
+            self.fleet.members.pop()
+
     async def _emptied(self, node: _Node) -> None:
         while node.member.requests and not node.gone:
             await asyncio.sleep(POLL_S)
@@ -781,6 +787,7 @@ class ClusterClient:
             self._again_at = time.monotonic() + pause_s
             _log.error("engine %s could not be started: %s", node.member.name, error or type(error).__name__)
             self._leave_fleet(node)
+            self._forget(node)
             await self._end(node)
             hopeless = isinstance(error, ConfigError) or self._failures >= self.config.give_up
             if hopeless and not any(not other.gone for other in self._nodes):

@@ -16,7 +16,6 @@ import importlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -88,14 +87,11 @@ class EngineHost:
         self._early: dict[int, bytes] = {}
         self._next = 0
 
-    def where(self) -> tuple[str, int]:
-        """Its host and its process id."""
-        return socket.gethostname(), os.getpid()
-
     async def hear(self, number: int, data: bytes) -> None:
-        """Frames from the client. Calls may overtake each other; what they say is taken in order."""
-        self._early[number] = data
-        self._pass_on()
+        """Frames from the client. Calls may overtake each other, and come twice; what they say is taken in order."""
+        if number >= self._next:
+            self._early[number] = data
+            self._pass_on()
 
     def _pass_on(self) -> None:
         while self._client is not None and (data := self._early.pop(self._next, b"")):
@@ -251,7 +247,8 @@ class RayBackend:
         options: dict[str, Any] = {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "max_restarts": 0}
         if self._environment:
             options["runtime_env"] = {"env_vars": self._environment}
-        actor = self._ray.remote(EngineHost).options(**options).remote(self._make)
+        # Where Ray's own service does not answer, this takes its time.
+        actor = await asyncio.to_thread(lambda: self._ray.remote(EngineHost).options(**options).remote(self._make))
         engine = RemoteEngine(f"Ray actor {name}", connect=partial(_connect, actor), max_losses=1, quiet_s=QUIET_S)
         self._actors[engine] = actor
         await engine.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -569,6 +570,56 @@ def test_a_backend_that_never_makes_an_engine_is_given_up():
         with pytest.raises(EngineClosed, match="none will be"):
             await Read(cluster, ask(cluster)).task
         await cluster.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_faults_of_all_kinds_lose_no_text(seed):
+    chance = random.Random(seed)
+
+    async def test():
+        house = House(step_s=0.001)
+        config = replace(QUICK, replicas=3, lost_s=0.2, max_losses=100, give_up=1000)
+        router = ["least-work", "round-robin", "prefix-affinity", "session"][seed]
+        cluster = ClusterClient(registry.make("router", router), config, house)
+        await cluster.start()
+        await cluster.facts()
+        reads = []
+        end = asyncio.get_running_loop().time() + 2.5
+        while asyncio.get_running_loop().time() < end:
+            while len([read for read in reads if not read.task.done()]) < 8 and await cluster.ready():
+                n = len(reads)
+                given = {"seed": n, "n": 1 + n % 3, "temperature": float(n % 2)}
+                reads.append(Read(cluster, ask(cluster, (n % 40, 1, n % 7), 20 + 3 * (n % 30), params=given)))
+                await asyncio.sleep(0)
+            up = [node for node in cluster._nodes if node.ready and not node.gone]
+            if up:
+                node = chance.choice(up)
+                fault = chance.choice(["die", "cut", "heal", "drain", "fail", "none"])
+                if fault == "drain":
+                    cluster.let_go(node.place)
+                elif fault == "fail":
+                    house.fails = 1
+                elif fault != "none":
+                    getattr(node.client, fault)()
+            await asyncio.sleep(chance.uniform(0.0, 0.15))
+        for one in house.made:
+            one.heal()
+        await asyncio.gather(*(read.task for read in reads), return_exceptions=True)
+        wrong = 0
+        for read in reads:
+            if isinstance(read.task.exception(), EngineAway):
+                wrong += 1  # nobody was up when it was sent
+                continue
+            for index in range(read.request.params.n):
+                assert read.tokens(index) == truth(read.request, index)
+                assert read.finish(index) == [Finish.LENGTH]
+        assert len(reads) > 20 and wrong <= len(reads) / 4 and cluster.migrations > 5
+        assert len(cluster.fleet) == 0 and not cluster._sent and not cluster._waiting
+        assert all(member.requests == member.prompt_tokens == 0 for member in cluster.fleet.members)
+        await cluster.close()
+        assert not cluster._tasks
 
     run(test)
 

@@ -50,7 +50,8 @@ class Actor:
 
     def _hear(self, number, data):
         self.calls += 1
-        self.tasks.append(asyncio.create_task(self._late(number, data)))
+        for _ in range(self.chance.choice([1, 1, 2])):
+            self.tasks.append(asyncio.create_task(self._late(number, data)))
 
     async def _late(self, number, data):
         await asyncio.sleep(self.chance.choice([0.0, 0.0, 0.001, 0.004]))
@@ -87,7 +88,7 @@ def run(test):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_calls_that_overtake_each_other_are_taken_in_order(seed):
+def test_calls_that_overtake_each_other_or_come_twice_are_taken_once_and_in_order(seed):
     async def test():
         actor = Actor(partial(make_null, {"step_s": 0.001, "load_s": 0.05}), seed)
         engine = await engine_of(actor)
