@@ -33,6 +33,8 @@ from millstream.engine.remote import RemoteEngine
 
 # Beats come four times a second: an engine that missed some of them is not ready.
 QUIET_S = 1.5
+# There is one Ray in a process.
+_BEGINNING = threading.Lock()
 
 _log = logging.getLogger("millstream.cluster")
 
@@ -281,6 +283,10 @@ class RayBackend:
 
     def _begin(self) -> Any:
         ray = _import_ray()
+        with _BEGINNING:
+            return self._begin_alone(ray)
+
+    def _begin_alone(self, ray: Any) -> Any:
         if ray.is_initialized():
             return ray
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -296,7 +302,7 @@ class RayBackend:
                 # As many engines as are asked for, also on a machine with fewer cores.
                 "num_cpus": max(os.cpu_count() or 1, 1) if config.num_cpus else 1,
             }
-        ray.init(log_to_driver=self._log_to_driver, logging_level=logging.WARNING, **given)
+        ray.init(log_to_driver=self._log_to_driver, logging_level=logging.ERROR, **given)
         self._own_ray = True
         return ray
 
