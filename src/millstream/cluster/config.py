@@ -43,8 +43,8 @@ class ClusterConfig:
     An `autoscaler` is asked every `interval_s` how many there should be, from `min_replicas` to `max_replicas` (0: as
     many as `replicas`), and sees what requests were promised and got in the last `window_s`.
 
-    An engine that gives no sign of life for `suspect_s` gets no requests; after `lost_s` it is lost, what was inside
-    goes on elsewhere, and another one is started. What was inside when `max_losses` engines were lost is not sent
+    An engine that gives no sign of life for `suspect_s`, or has work and made no turn for `stall_s`, gets no requests;
+    `lost_s` later it is lost, what was inside goes on elsewhere, and another one is started. What was inside when `max_losses` engines were lost is not sent
     again. While no engine is up, requests that were inside one wait for `patience_s`. A start may take `start_s`; after
     `give_up` that failed in a row, with none up, no more are made. All are asked how they are every `check_s`.
     """
@@ -59,6 +59,7 @@ class ClusterConfig:
     check_s: float = 0.25
     suspect_s: float = 1.5
     lost_s: float = 10.0
+    stall_s: float = 60.0
     patience_s: float = 120.0
     start_s: float = 1800.0
     max_losses: int = 3
@@ -69,7 +70,7 @@ class ClusterConfig:
         for name in ("replicas", "min_replicas", "max_losses", "give_up"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cluster.{name}: got {getattr(self, name)}, allowed are numbers from 1")
-        for name in ("interval_s", "window_s", "check_s", "suspect_s", "lost_s", "patience_s", "start_s"):
+        for name in ("interval_s", "window_s", "check_s", "suspect_s", "lost_s", "stall_s", "patience_s", "start_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"cluster.{name}: got {getattr(self, name)}, allowed are numbers above 0")
         if self.lost_s < self.suspect_s:

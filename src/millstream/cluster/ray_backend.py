@@ -217,6 +217,8 @@ class _Way(asyncio.Transport):
 class RayBackend:
     """A Backend of actors, all of which run what `make` gives (it is pickled). `environment` is set in each of them.
 
+    An engine is not ready when it gave no sign of life for `quiet_s`, or has work and made no turn for `stall_s`.
+
     Raises ConfigError at the first start where Ray is not installed. Where Ray runs already in this process, that one
     is used, and left running.
     """
@@ -227,9 +229,12 @@ class RayBackend:
         config: RayConfig | None = None,
         *,
         environment: Mapping[str, str] | None = None,
+        quiet_s: float = QUIET_S,
+        stall_s: float = 60.0,
         log_to_driver: bool = True,
     ) -> None:
         self.config = config or RayConfig()
+        self.quiet_s, self.stall_s = quiet_s, stall_s
         self._make, self._environment, self._log_to_driver = make, dict(environment or {}), log_to_driver
         self._actors: dict[EngineClient, Any] = {}
         self._ray: Any = None
@@ -251,7 +256,10 @@ class RayBackend:
             options["runtime_env"] = {"env_vars": self._environment}
         # Where Ray's own service does not answer, this takes its time.
         actor = await asyncio.to_thread(lambda: self._ray.remote(EngineHost).options(**options).remote(self._make))
-        engine = RemoteEngine(f"Ray actor {name}", connect=partial(_connect, actor), max_losses=1, quiet_s=QUIET_S)
+        connect = partial(_connect, actor)
+        engine = RemoteEngine(
+            f"Ray actor {name}", connect=connect, max_losses=1, quiet_s=self.quiet_s, stall_s=self.stall_s
+        )
         self._actors[engine] = actor
         await engine.start()
         return engine

@@ -96,7 +96,7 @@ def cluster_of(tree: Mapping[str, Any]) -> ClusterClient:
         # All of them are on this machine: together they may use its cores once.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         engine = merge({"runner": {"threads": max(1, cores // config.most)}}, engine)
-    backend = RayBackend.of(str(tree["model"]), engine, config.ray)
+    backend = RayBackend.of(str(tree["model"]), engine, config.ray, quiet_s=config.suspect_s, stall_s=config.stall_s)
     autoscaler = None if config.autoscaler is None else registry.make("autoscaler", config.autoscaler)
     return ClusterClient(registry.make("router", config.router), config, backend, autoscaler)
 
@@ -293,6 +293,16 @@ async def _finish(life: Life) -> None:
     await asyncio.gather(*(one.drain() for one in (life.client, life.embedding) if one is not None))
 
 
+async def _beat(pipe: int) -> None:
+    """Says that this event loop turns, to whoever reads the other end."""
+    os.set_blocking(pipe, False)
+    with contextlib.suppress(BrokenPipeError):
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                os.write(pipe, b".")
+            await asyncio.sleep(CHECK_S)
+
+
 async def _never() -> str:
     never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     return await never
@@ -329,6 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--socket", type=Path, help="the engine's; without one [cluster] says where the engines are")
     parser.add_argument("--config", type=Path, required=True, help="TOML, YAML or JSON: [serve] and [supervisor]")
     parser.add_argument("--embedding-socket", type=Path, help="that of a second engine, of an embedding model")
+    parser.add_argument("--beat-fd", type=int, help="a pipe that is told that this process lives, where no engine is")
     parser.add_argument("--parent", type=int, help="end when the process of this id is no longer the parent")
     args = parser.parse_args(argv)
     # One text at a time is cut into tokens here; threads of the library's own would only take cores from the engine.
@@ -339,7 +350,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         log_by(read_file(args.config))
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return int(runner.run(serve(args.socket, args.config, args.parent, embedding=args.embedding_socket)))
+            beating = None if args.beat_fd is None else runner.get_loop().create_task(_beat(args.beat_fd))
+            code = int(runner.run(serve(args.socket, args.config, args.parent, embedding=args.embedding_socket)))
+            if beating is not None:
+                beating.cancel()
+            return code
     except MillstreamError as error:
         _log.error("%s", error)
         return Exit.USAGE

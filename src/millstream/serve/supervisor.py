@@ -27,7 +27,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,8 @@ class Supervisor:
         self._had_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
         # Beats in a row in which an engine had heard nothing of the API for too long.
         self._api_silent = dict.fromkeys(self._sockets, 0)
+        # When an API that no engine hears has last said that it lives.
+        self._api_beat_at: float | None = None
         self._signals: asyncio.Queue[int] = asyncio.Queue()
         self._stopping = False
 
@@ -242,19 +244,23 @@ class Supervisor:
             started = time.monotonic()
             if name in self._sockets:
                 self._health[name] = Health(self.config, started)
+            pipe = os.pipe() if name == "API" and not self._sockets else None
             try:
                 child = await asyncio.create_subprocess_exec(
                     *self._commands[name],
+                    *(() if pipe is None else ("--beat-fd", str(pipe[1]))),
                     stdin=asyncio.subprocess.DEVNULL,
                     # Ctrl-C in a terminal goes to all of its group; what it means is for this process to say.
                     start_new_session=True,
+                    pass_fds=() if pipe is None else pipe[1:],
                 )
             except OSError as error:
                 _log.error("the %s process cannot be started: %s", name, error)
                 return Exit.FAILED
             self._children[name] = child
             _log.info("the %s process is started: %d", name, child.pid)
-            code = await child.wait()
+            with self._beats(pipe):
+                code = await child.wait()
             del self._children[name]
             _end_group(child.pid)
             if self._stopping and name == "API":
@@ -272,6 +278,31 @@ class Supervisor:
                 return code if code in HOPELESS else given_up
             await asyncio.sleep(pause_s)
         return Exit.DONE
+
+    @contextlib.contextmanager
+    def _beats(self, pipe: tuple[int, int] | None) -> Iterator[None]:
+        """Hears the signs of life of an API that has no engine process to hear them, until left."""
+        if pipe is None:
+            yield
+            return
+        source, other = pipe
+        os.close(other)
+        self._api_beat_at = None
+        loop = asyncio.get_running_loop()
+
+        def hear() -> None:
+            if os.read(source, 4096):
+                self._api_beat_at = time.monotonic()
+            else:
+                loop.remove_reader(source)
+
+        loop.add_reader(source, hear)
+        try:
+            yield
+        finally:
+            loop.remove_reader(source)
+            os.close(source)
+            self._api_beat_at = None
 
     def _send(self, name: str, number: int) -> None:
         child = self._children.get(name)
@@ -307,8 +338,10 @@ class Supervisor:
                     why = health.wrong(now) if name in self._children else None
                     if why is not None:
                         self._kill(name, why)
-                if max(self._api_silent.values(), default=0) >= SILENT_BEATS:
+                quiet = self._api_beat_at is not None and now - self._api_beat_at > self.config.silence_s
+                if quiet or max(self._api_silent.values(), default=0) >= SILENT_BEATS:
                     self._api_silent = dict.fromkeys(self._sockets, 0)
+                    self._api_beat_at = None
                     self._kill("API", f"no sign of life for {self.config.silence_s:g} s")
         finally:
             for one in listening:
