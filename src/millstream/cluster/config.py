@@ -44,9 +44,10 @@ class ClusterConfig:
     many as `replicas`), and sees what requests were promised and got in the last `window_s`.
 
     An engine that gives no sign of life for `suspect_s`, or has work and made no turn for `stall_s`, gets no requests;
-    `lost_s` later it is lost, what was inside goes on elsewhere, and another one is started. What was inside when `max_losses` engines were lost is not sent
-    again. While no engine is up, requests that were inside one wait for `patience_s`. A start may take `start_s`; after
-    `give_up` that failed in a row, with none up, no more are made. All are asked how they are every `check_s`.
+    `lost_s` after its last sign it is lost, what was inside goes on elsewhere, and another one is started. What was
+    inside when `max_losses` engines were lost is not sent again. While no engine is up, requests that were inside one
+    wait for `patience_s`. A start may take `start_s`; after `give_up` that failed in a row, with none up, no more are
+    made. All are asked how they are every `check_s`.
     """
 
     replicas: int = 1
