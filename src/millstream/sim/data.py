@@ -83,6 +83,16 @@ def _first_sessions(count: int) -> Callable[[bytes], bytes]:
     return convert
 
 
+def _first_workflows(count: int) -> Callable[[bytes], bytes]:
+    """A JSON list of {"Text2SQLRequest": calls} as lines of {"calls": calls}."""
+
+    def convert(data: bytes) -> bytes:
+        rows = [{"calls": one["Text2SQLRequest"]} for one in json.loads(data)[:count]]
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    return convert
+
+
 SETS = {
     "sharegpt-lengths": DataSet(
         "traces_lengths/sharegpt_8k.csv.gz",
@@ -194,6 +204,22 @@ SETS = {
         "normalized_sample.jsonl",
         "Apache-2.0",
         _first_sessions(12),
+    ),
+    "hexgen-formula1": DataSet(
+        "traces_hexgen_flow/formula1.jsonl.gz",
+        "Relaxed-System-Lab/Hexgen-Flow",
+        "396a3babc937",
+        "simulator/cli/input_file_formula1.json",
+        "none given; lengths and names of steps only",
+        _first_workflows(18),
+    ),
+    "hexgen-financial": DataSet(
+        "traces_hexgen_flow/financial.jsonl.gz",
+        "Relaxed-System-Lab/Hexgen-Flow",
+        "396a3babc937",
+        "simulator/cli/input_file_financial.json",
+        "none given; lengths and names of steps only",
+        _first_workflows(60),
     ),
     "splitwise-times": DataSet(
         "profiles_splitwise/perf_model.csv.gz",

@@ -36,6 +36,9 @@ class Row:
 
     Rows of one `session` follow each other, each `think_s` seconds after the one before has ended, and all begin as the
     one before did, as far as both are long.
+
+    With a `wave` they are calls of a workflow: those of one wave run side by side, and a wave begins when all of the
+    one before has ended. `stage` names the step; only calls of one stage begin alike.
     """
 
     at_s: float
@@ -45,6 +48,8 @@ class Row:
     tenant: str = ""
     session: str = ""
     think_s: float = 0.0
+    stage: str = ""
+    wave: int | None = None
 
 
 def load(name: str) -> list[Row]:
@@ -167,6 +172,35 @@ def _coding(path: Path) -> Iterator[Row]:
             raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
 
 
+# Steps of the text-to-SQL workflow whose calls run side by side; calls of the others follow each other.
+_SIDE_BY_SIDE = frozenset({"generate_candidate_llama-agent", "evaluate"})
+WORKFLOW_GAP_S = 2.0
+
+
+def _workflows(path: Path) -> Iterator[Row]:
+    """Queries of an agent that writes SQL, one a line: its calls in order, each with its step and lengths.
+
+    The recording tells no times: queries are taken to come WORKFLOW_GAP_S apart, the slower rate of its paper.
+    """
+    for place, (number, line) in enumerate(_lines(path)):
+        try:
+            wave, before = -1, ""
+            calls = json.loads(line)["calls"]
+            if not calls:
+                raise ValueError("a workflow has one call or more")
+            for call in calls:
+                step, prompt, output = str(call["step"]), int(call["input_length"]), int(call["output_length"])
+                if prompt < 1 or output < 0:
+                    raise ValueError(f"{prompt} and {output} tokens; a prompt has 1 or more, an output 0 or more")
+                if step != before or step not in _SIDE_BY_SIDE:
+                    wave += 1
+                before = step
+                at, session = WORKFLOW_GAP_S * place, f"query-{place}"
+                yield Row(at, prompt, max(1, output), session=session, stage=step, wave=wave)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
+
+
 def _servegen(path: Path) -> Iterator[Row]:
     """Clients by their windows of ten minutes: gaps of the recorded shape, lengths of the recorded histograms.
 
@@ -232,6 +266,8 @@ TRACES: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
 UNTIMED: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
     "agents": ("agents-swebench", _agents),
     "agents-coding": ("agents-coding", _coding),
+    "hexgen-formula1": ("hexgen-formula1", _workflows),
+    "hexgen-financial": ("hexgen-financial", _workflows),
     "lengths": ("sharegpt-lengths", _lengths("sharegpt-lengths")),
     "lengths-arxiv": ("arxiv-lengths", _lengths("arxiv-lengths")),
     "lengths-bwb": ("bwb-lengths", _lengths("bwb-lengths")),

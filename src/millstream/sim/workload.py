@@ -19,6 +19,9 @@ from millstream.sim import traces
 from millstream.sim.arrivals import arrival_times
 from millstream.sim.traces import BLOCK_TOKENS, Row
 
+# Calls of one stage of one workflow (candidates, evaluations, repairs) ask about the same question and schema: they
+# begin alike for this share of each, which is our assumption. Those of different stages have other instructions first.
+ALIKE = 0.9
 # Texts of their own begin so far apart.
 TEXT = 1 << 20
 # Where texts of blocks that traces name begin, and behind them those of sessions and of single calls.
@@ -59,6 +62,9 @@ class Source:
     `rate` is requests a second (None: as recorded): recorded gaps are stretched, or with `burstiness` replaced by
     random ones (1: Poisson). `speed` replays faster. `count` and `seconds` cut it. `slo` and `priority` are those of
     its requests.
+
+    Calls of a workflow come as one: of such rows `rate` is workflows a second (always with random gaps), and `count`
+    takes workflows until they have so many calls.
     """
 
     rows: Sequence[Row]
@@ -88,13 +94,23 @@ def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Ca
     ids = itertools.count(1)
     sessions: dict[tuple[int, str], tuple[int, int]] = {}  # -> its text, its last call
     bases: dict[tuple[int, str], int] = {}
+    waves: dict[tuple[int, str], _Waves] = {}
     out: list[Call] = []
     for at_s, place, row, tenant in found:
         number = next(ids)
         num_output = max(1, min(row.num_output, max_context - 1))
         length = max(1, min(row.num_prompt, max_context - num_output))
         after: tuple[int, ...] = ()
-        if row.session:
+        thread = 0
+        if row.wave is not None:
+            key = (place, row.session)
+            own = waves.setdefault(key, _Waves())
+            after, thread = own.join(row.wave, number)
+            base = bases.setdefault((place, f"{row.session} {row.stage}"), _SESSIONS + len(bases) * TEXT)
+            alike = int(ALIKE * length)
+            start = _CALLS + number * TEXT
+            prompt = (*range(base, base + alike), *range(start, start + length - alike))
+        elif row.session:
             key = (place, row.session)
             base = bases.setdefault(key, _SESSIONS + len(bases) * TEXT)
             prompt = tuple(range(base, base + length))
@@ -114,6 +130,8 @@ def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Ca
                 row.session,
                 after,
                 row.think_s,
+                thread,
+                row.stage,
                 slo=source.slo,
                 priority=source.priority,
             )
@@ -121,7 +139,25 @@ def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Ca
     return out
 
 
+class _Waves:
+    """The calls of one workflow so far: those of its last wave, and of the one before."""
+
+    def __init__(self) -> None:
+        self.wave = -1
+        self.now: list[int] = []
+        self.before: tuple[int, ...] = ()
+
+    def join(self, wave: int, number: int) -> tuple[tuple[int, ...], int]:
+        """The calls that this one waits for, and which of its wave it is."""
+        if wave != self.wave:
+            self.wave, self.before, self.now = wave, tuple(self.now), []
+        self.now.append(number)
+        return self.before, len(self.now) - 1
+
+
 def _timed(source: Source, seed: int) -> list[Row]:
+    if any(row.wave is not None for row in source.rows):
+        return _timed_workflows(source, seed)
     rows = list(source.rows)
     if source.speed <= 0:
         raise BadRequest("speed", source.speed, "a number above 0")
@@ -144,6 +180,34 @@ def _timed(source: Source, seed: int) -> list[Row]:
     if source.seconds is not None:
         rows = [row for row in rows if row.at_s <= source.seconds]
     return rows
+
+
+def _timed_workflows(source: Source, seed: int) -> list[Row]:
+    """As `_timed` has it for rows, for workflows as wholes: the first row of each stands for it."""
+    groups: dict[str, list[Row]] = {}
+    for row in source.rows:
+        groups.setdefault(row.session, []).append(row)
+    count = None if source.count is None else _whole(list(groups.values()), source.count)
+    first = [replace(group[0], wave=None) for group in groups.values()]
+    burstiness = source.burstiness if source.rate is None else source.burstiness or 1.0
+    heads = _timed(replace(source, rows=first, count=count, burstiness=burstiness), seed)
+    # One that came again has a session of its own; its calls are those of the first.
+    return [
+        replace(row, at_s=head.at_s, think_s=row.think_s / source.speed, session=head.session)
+        for head in heads
+        for row in groups[head.session if head.session in groups else head.session.rpartition("/")[0]]
+    ]
+
+
+def _whole(groups: Sequence[Sequence[Row]], count: int) -> int:
+    """How many workflows, taken in turn, have `count` calls between them. Raises BadRequest."""
+    if count < 1:
+        raise BadRequest("requests", count, "an integer from 1")
+    calls = taken = 0
+    while calls < count:
+        calls += len(groups[taken % len(groups)])
+        taken += 1
+    return taken
 
 
 def _untimed(rows: Sequence[Row]) -> bool:
@@ -199,7 +263,18 @@ def load(name: str) -> list[Row]:
 
 
 def mixed(rows: Sequence[Row], seed: int) -> list[Row]:
-    """The same lengths in another order, with the times where they were: arrivals and lengths apart."""
+    """The same lengths in another order, with the times where they were: arrivals and lengths apart.
+
+    Of workflows, which come as one, the workflows are in another order.
+    """
+    if any(row.wave is not None for row in rows):
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.session, []).append(row)
+        times = [group[0].at_s for group in groups.values()]
+        shuffled = list(groups.values())
+        random.Random(seed).shuffle(shuffled)
+        return [replace(row, at_s=at) for at, group in zip(times, shuffled, strict=True) for row in group]
     order = list(rows)
     random.Random(seed).shuffle(order)
     return [replace(other, at_s=row.at_s) for row, other in zip(rows, order, strict=True)]
