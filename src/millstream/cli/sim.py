@@ -19,6 +19,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--seconds", "seconds", float, "leave out what comes later"),
     ("--max-tokens", "max_tokens", int, "the most that clients ask for, which policies know (default 4096)"),
     ("--deadline", "deadline_s", float, "seconds after which requests end"),
+    ("--e2e", "e2e_s", float, "seconds that a request or workflow is wished to take, which policies know"),
     ("--router", "router", str, "which replica gets a request: least-work (default), round-robin, ..."),
     ("--prefix", "prefix", str, "radix (default) or none"),
     ("--preemption", "preemption", str, "recompute (default) or swap"),
@@ -48,7 +49,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, dest=name, type=kind, metavar=metavar or flag[2:].upper(), help=text)
     parser.add_argument("--mix", action="store_true", help="shuffle lengths against arrivals")
     parser.add_argument("--oracle", action="store_true", help="policies may know true output lengths")
-    parser.add_argument("--slo", default="", metavar="ttft:S,tpot:S", help="limits in seconds, for goodput")
+    parser.add_argument(
+        "--slo", default="", metavar="ttft:S,tpot:S", help="limits in seconds, for goodput; also e2el and workflow"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="an option of a plug-in, such as router.alpha=0.3",
+    )
+    parser.add_argument(
+        "--tune", metavar="OPTION=A,B,C", help="a table of --slo with each value of an option, and the best"
+    )
     parser.add_argument("--rates", metavar="A,B,C", help="a table of throughput and goodput at these rates")
     parser.add_argument(
         "--find-capacity", action="store_true", help="the largest rate that keeps --slo, at 90 and 99 %%"
@@ -86,7 +99,15 @@ def scenario_of(args: argparse.Namespace) -> Any:
         if getattr(args, name):
             given[name] = True
     file = read_file(args.config) if args.config else {}
-    return build(Scenario, merge(file, given))
+    scenario = build(Scenario, merge(file, given))
+    for option in args.set:
+        from millstream.sim.tune import parse_option, with_option
+
+        name, values = parse_option(option)
+        if len(values) > 1:
+            raise ConfigError(f"--set {option}: one value; --tune tries several")
+        scenario = with_option(scenario, name, values[0])
+    return scenario
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,6 +125,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--percentiles {args.percentiles}: numbers from 0 to 100, such as 50,90,99") from None
     if args.find_capacity and not slo:
         raise BadRequest("slo", "none", "ttft:SECONDS or another limit, which --find-capacity searches for")
+    if args.tune:
+        if not slo:
+            raise BadRequest("slo", "none", "workflow:SECONDS or another limit, which --tune judges by")
+        with output.json_only(args.json):
+            return _tune(scenario, slo, args)
     prepared = Prepared(scenario)
     with output.json_only(args.json):
         if args.find_capacity:
@@ -132,6 +158,10 @@ def run(args: argparse.Namespace) -> int:
             f"{result.steps} steps, replicas busy {', '.join(f'{100 * one:.0f} %' for one in found['busy'])}; "
             f"{found['preemptions']} preemptions, {found['retries']} sent again; fingerprint {result.fingerprint}"
         )
+        if "workflows" in found:
+            ends = " / ".join(f"{found[f'{name}_workflow_s'] or float('nan'):.2f}" for name in ("median", "p95", "p99"))
+            within = f"; {100 * report.attainment(result, slo):.1f} % within their limit" if "workflow" in slo else ""
+            print(f"{found['workflows']} workflows or sessions, end to end p50 / p95 / p99 {ends} s{within}")
         if len(rows) > 1:
             print()
             titles = ("tenant", "requests", "TTFT p50", "TTFT p99", "TPOT p50", "within SLO", "service")
@@ -205,6 +235,28 @@ def _compare(prepared: Any, slo: dict[str, float], args: argparse.Namespace) -> 
             for row in rows
         ],
     )
+    return 0
+
+
+def _tune(scenario: Any, slo: dict[str, float], args: argparse.Namespace) -> int:
+    from millstream.sim import tune
+
+    option, values = tune.parse_option(args.tune)
+    with output.progress_bar(len(values), option) as step:
+        found = tune.tune(scenario, option, values, slo, told=step)
+    if args.json:
+        trials = [{name: getattr(one, name) for name in one.__dataclass_fields__} for one in found.trials]
+        output.emit({"option": option, "slo": slo, "trials": trials, "best": found.best.value})
+        return 0
+    output.print_table(
+        (option, "within SLO", "end to end p50", "p95"),
+        [
+            (one.value, f"{100 * one.attainment:.1f} %", f"{one.p50_s:.2f} s", f"{one.p95_s:.2f} s")
+            for one in found.trials
+        ],
+        right=range(1, 4),
+    )
+    print(f"best: {option}={found.best.value}")
     return 0
 
 

@@ -7,6 +7,8 @@ down without planning each step; a run with leaps has the fingerprint of one wit
 
 from __future__ import annotations
 
+import math
+
 from millstream.core.events import Computed, Emitted, Stepped
 from millstream.core.request import Kind
 from millstream.core.sequence import Sequence, State
@@ -39,6 +41,20 @@ def leap(replica: Replica, now: float, until: float) -> list[float]:
         return []
     _write(replica, rows, starts, now, times)
     return times
+
+
+def earliest_end(replica: Replica, now: float) -> float:
+    """A time before which nothing that is inside can end: each token but the next takes a step of one row at least."""
+    live, runner = replica.engine.scheduler.live, replica.runner
+    if not live:
+        return math.inf
+    if not replica.busy:
+        return now
+    done_at = runner.launched[0].done_at if runner.launched else runner.free_at
+    fewest = min(seq.seed - seq.num_output for seq in live.values())
+    least_s = runner.cost.seconds(StepShape(0, 0, 0, 1, 1, 0, 1)) * runner.slowdown
+    # Sums are rounded.
+    return done_at + max(0, fewest - 1) * least_s * (1 - 1e-6)
 
 
 def _rows(replica: Replica) -> list[Sequence]:

@@ -13,7 +13,7 @@ from millstream.core.request import Slo
 from millstream.sim.metrics import RequestTiming, peak_open, peak_rate, percentile, statistics_of
 from millstream.sim.simulate import Result, Served
 
-SLO_NAMES = ("ttft", "tpot", "e2el")
+SLO_NAMES = ("ttft", "tpot", "e2el", "workflow")
 # What a token of a prompt and of an output count where service is compared.
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 
@@ -50,11 +50,43 @@ def keeps(timing: RequestTiming, slo: Mapping[str, float]) -> bool:
     if timing.error is not None or timing.finish not in ("stop", "length"):
         return False
     got = {"ttft": timing.ttft_s or 0.0, "tpot": timing.tpot_s or 0.0, "e2el": timing.e2el_s or 0.0}
-    return all(got[name] <= limit for name, limit in slo.items())
+    return all(got[name] <= limit for name, limit in slo.items() if name in got)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowRow:
+    """One workflow: when its first call came, seconds until the last of its calls had ended (infinite where one
+    failed or never came), and whether its calls kept the limits of calls."""
+
+    tenant: str
+    session: str
+    arrival_s: float
+    seconds: float
+    calls: int
+    kept: bool = True
+
+
+def workflows(result: Result, slo: Mapping[str, float] | None = None) -> list[WorkflowRow]:
+    """The workflows and sessions of a run in the order in which they began, as far as their calls came."""
+    by: dict[tuple[str, str], list[Served]] = {}
+    for one in result.served:
+        if one.call.session:
+            by.setdefault((one.call.tenant, one.call.session), []).append(one)
+    rows = []
+    for (tenant, session), calls in by.items():
+        began = min(one.arrival_s for one in calls)
+        timings = [timing_of(one) for one in calls]
+        whole = all(keeps(one, {}) for one in timings)
+        seconds = max(one.ended_s or math.inf for one in calls) - began if whole else math.inf
+        rows.append(WorkflowRow(tenant, session, began, seconds, len(calls), all(keeps(t, slo or {}) for t in timings)))
+    return sorted(rows, key=lambda row: row.arrival_s)
 
 
 def attainment(result: Result, slo: Mapping[str, float]) -> float:
-    """The share of all calls that kept the limits."""
+    """The share of all calls that kept the limits; with a limit on workflows, the share of workflows that did."""
+    if "workflow" in slo:
+        rows = workflows(result, slo)
+        return sum(row.kept and row.seconds <= slo["workflow"] for row in rows) / len(rows) if rows else 0.0
     served = result.served
     return attainment_of([timing_of(one) for one in served], [one.call.slo for one in served], slo)
 
@@ -93,7 +125,7 @@ def found_of(
         "total_output_tokens": output,
         "request_throughput": _rate(len(good), duration),
         "request_goodput": _rate(kept, duration) if slo else None,
-        "slo_attainment": kept / len(timings) if slo and timings else None,
+        "slo_attainment": attainment(result, slo) if slo and timings else None,
         "output_throughput": _rate(output, duration),
         "total_token_throughput": _rate(prompt + output, duration),
         "max_output_tokens_per_s": peak_rate(good),
@@ -105,6 +137,11 @@ def found_of(
         "busy": [round(_rate(busy, duration), 4) for busy in result.busy_s],
         "fingerprint": result.fingerprint,
     }
+    if rows := workflows(result):
+        ends = sorted(row.seconds for row in rows if row.seconds < math.inf)
+        found["workflows"] = len(rows)
+        for name, q in (("median", 50), ("p95", 95), ("p99", 99)):
+            found[f"{name}_workflow_s"] = percentile(ends, q) if ends else None
     values = {
         "ttft": [one.ttft_s for one in good if one.ttft_s is not None],
         "tpot": [one.tpot_s for one in good if one.tpot_s is not None],

@@ -57,8 +57,9 @@ class Scenario:
 
     `profiles` are the kinds of engines, `replicas` how many of each: one number for all, or one a profile. `rate` is
     requests a second (None: as recorded), `speed` a factor on recorded times, `burstiness` makes gaps random (1:
-    Poisson). `requests` and `seconds` cut the trace. `deadline_s` ends requests. `noise` is the deviation of log step
-    times. `blocks`, `step_tokens` and `max_rows` stand for the profile's own. `mix` shuffles lengths against arrivals.
+    Poisson). `requests` and `seconds` cut the trace. `deadline_s` ends requests; `e2e_s` is how long one is wished to
+    take as a whole, or the workflow that it is part of. `noise` is the deviation of log step times. `blocks`,
+    `step_tokens` and `max_rows` stand for the profile's own. `mix` shuffles lengths against arrivals.
     """
 
     trace: str = "azure-conv"
@@ -78,6 +79,7 @@ class Scenario:
     seconds: float | None = None
     max_tokens: int = 4096
     deadline_s: float | None = None
+    e2e_s: float | None = None
     noise: float = 0.0
     blocks: int | None = None
     step_tokens: int | None = None
@@ -140,7 +142,7 @@ class Prepared:
                     scenario.burstiness if tenant.burstiness is None else tenant.burstiness,
                     scenario.requests if tenant.requests is None else tenant.requests,
                     scenario.seconds,
-                    Slo(tenant.ttft_s, tenant.tpot_s, scenario.deadline_s, tenant.e2e_s) if tenant.wishes else None,
+                    self._wishes(tenant),
                     tenant.priority,
                 )
             )
@@ -148,6 +150,12 @@ class Prepared:
         most = min(min(kind.max_context, kind.blocks * kind.block_size) for kind, _ in self.kinds)
         found = workload.calls(sources, most, scenario.seed)
         return found if scenario.hint_error is None else workload.hinted(found, scenario.hint_error, scenario.seed)
+
+    def _wishes(self, tenant: TenantConfig) -> Slo | None:
+        scenario = self.scenario
+        if tenant.wishes:
+            return Slo(tenant.ttft_s, tenant.tpot_s, scenario.deadline_s, tenant.e2e_s)
+        return None if scenario.e2e_s is None else Slo(deadline_s=scenario.deadline_s, e2e_s=scenario.e2e_s)
 
     def run(
         self,

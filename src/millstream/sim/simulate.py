@@ -24,7 +24,7 @@ from millstream.core.errors import BadRequest
 from millstream.core.events import Event, Preempted, Stepped
 from millstream.core.request import Prior, Program, Request, SamplingParams, Slo, Tokens
 from millstream.sched.profiles import Profile
-from millstream.sim.leap import leap
+from millstream.sim.leap import earliest_end, leap
 from millstream.sim.replica import EngineSetting, Replica, build, member_of
 from millstream.sim.workload import Call
 
@@ -303,7 +303,7 @@ class Simulation:
             return  # it was lost meanwhile
         replica.engine.collect()
         replica.busy = False
-        if self._leaps and (times := leap(replica, self.clock.now(), self._quiet_until())):
+        if self._leaps and (times := leap(replica, self.clock.now(), self._quiet_until(place))):
             for number in replica.inside:
                 self._served[number].times_s += times
             self.steps += len(times)
@@ -319,14 +319,16 @@ class Simulation:
             replica.busy = False
             self._kick(place)
 
-    def _quiet_until(self) -> float:
-        """Until when nothing comes from outside."""
+    def _quiet_until(self, place: int) -> float:
+        """Until when nothing comes to a replica from outside of it."""
+        now = self.clock.now()
+        while self._outside and self._outside[0] < now:
+            heapq.heappop(self._outside)
+        quiet = self._outside[0] if self._outside else math.inf
         if self._followers:
             # What ends anywhere may bring the next call of a session.
-            return self._heap[0][0] if self._heap else math.inf
-        while self._outside and self._outside[0] <= self.clock.now():
-            heapq.heappop(self._outside)
-        return self._outside[0] if self._outside else math.inf
+            quiet = min([quiet, *(earliest_end(one, now) for one in self.replicas if one is not self.replicas[place])])
+        return quiet
 
     def _lose(self, place: int) -> None:
         replica = self.replicas[place]

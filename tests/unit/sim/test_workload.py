@@ -124,5 +124,7 @@ def test_public_sessions_and_lengths_are_read(name) -> None:
     assert len(found) > 90 and all(row.num_prompt > 0 and row.num_output > 0 for row in found)
     if name.startswith("agents"):
         assert 5 < len({row.session for row in found}) < len(found) / 10 and any(row.think_s > 1 for row in found)
+    elif name.startswith("hexgen"):
+        assert all(row.wave is not None and row.stage for row in found) and found[-1].at_s > 0
     else:
         assert {row.at_s for row in found} == {0.0}
