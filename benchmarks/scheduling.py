@@ -55,13 +55,14 @@ def scenarios(requests: int) -> dict[str, tuple[Scenario, dict[str, float]]]:
     """By trace: what is simulated, and the limits of requests without wishes of their own."""
     base = Scenario(profiles=(PROFILE,), max_rows=32, hint_error=0.5, requests=requests)
 
-    def mixed(rate: float) -> tuple[TenantConfig, ...]:
-        return tuple(replace(one, requests=max(1, round(requests * one.rate / rate))) for one in tenants(rate))
+    def mixed(rate: float, count: int) -> tuple[TenantConfig, ...]:
+        return tuple(replace(one, requests=max(1, round(count * (one.rate or 0) / rate))) for one in tenants(rate))
 
+    # Mooncake's prompts have some ten thousand tokens: a quarter of the requests is as much work.
     limits = {"ttft": 2.0, "tpot": 0.1}
     return {
-        "azure-conv": (replace(base, trace="azure-conv", tenants=mixed(8.0), burstiness=1.0), limits),
-        "mooncake": (replace(base, trace="mooncake", tenants=mixed(2.0), burstiness=1.0), limits),
+        "azure-conv": (replace(base, trace="azure-conv", tenants=mixed(8.0, requests), burstiness=1.0), limits),
+        "mooncake": (replace(base, trace="mooncake", tenants=mixed(2.0, requests // 4), burstiness=1.0), limits),
         "servegen": (replace(base, trace="servegen", rate=8.0), limits),
         "agents": (replace(base, trace="agents-coding", rate=8.0), limits),
     }
