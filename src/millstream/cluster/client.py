@@ -405,7 +405,8 @@ class ClusterClient:
             raise EngineClosed("the cluster was closed")
         if self._draining:
             raise EngineClosed("the cluster is draining")
-        if self._facts is None or not self.fleet.up:
+        # Where all are suspected, it waits for the first that answers again.
+        if self._facts is None or not any(node.state in (State.UP, State.SUSPECTED) for node in self._nodes):
             raise self._away()
         request.check(self._facts.limits)
         if request.id in self._sent:
