@@ -1,8 +1,8 @@
 """HexGen-Text2SQL: budgets, workload-balanced dispatch and urgency queues for workflows on engines of unlike speed.
 
-Simulated, on the workflows that the paper's authors released (an agent that writes SQL; 20 queries to tune on, 40 others
-to judge by): four engines of four kinds, and sixteen. A query has a deadline, the same for all: a scale times what the
-judged queries take on the mean when nothing else is there. The smallest scale at which 95 % of queries keep it is
+Simulated, on the workflows that the paper's authors released (an agent that writes SQL; 20 queries to tune on, 40
+others to judge by): four engines of four kinds, and sixteen. A query has a deadline, the same for all: a scale times what
+the judged queries take on the mean when nothing else is there. The smallest scale at which 95 % of queries keep it is
 searched for by halving. All tables that policies have come from the 20 queries; outputs are known to the engines alone.
 One arm is a list scheduler that knows every length and what follows; it is nobody's plug-in and lives in this file.
 
@@ -11,6 +11,7 @@ Live: two engines of unlike speed in one process, and workflows of the same shap
 
 from __future__ import annotations
 
+import itertools
 import math
 import queue
 import random
@@ -414,7 +415,7 @@ class HexgenText2Sql(Experiment):
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
         if arm.name.startswith("live-"):
             return self.live.measure(ctx, arm.name)
-        name, _, sixteen = arm.name.partition("-16")
+        name = arm.name.removesuffix("-16")
         pool = self._pool(ctx, 4 if arm.name.endswith("-16") else 1)
         if arm.name == "best-alpha":
             return self._hindsight(ctx, pool)
@@ -479,8 +480,8 @@ def _hexgen(pool: Pool, **options: Any) -> Router:
 
 MODEL = "smollm2-135m"
 # Of lengths, for live engines; and what a query is given, over the time that it takes alone.
-SCALED_PROMPT, SCALED_OUTPUT = 40, 40
-LIVE_QUERIES, QUICK_LIVE_QUERIES = 10, 5
+SCALED_PROMPT, SCALED_OUTPUT = 80, 60
+LIVE_QUERIES, QUICK_LIVE_QUERIES = 10, 4
 LIVE_SCALE, LIVE_LOAD = 2.0, 0.9
 
 
@@ -530,12 +531,23 @@ class Live:
         ]
         self.checksum = self.made[0].source.checksum().encode()
         self.pool = self.made[0].tokenizer.encode(data.text("wikitext2-test")[:100_000])
-        rows = traces.load(TRACE)
         self.queries: list[list[Any]] = []
-        for row in rows:
+        for row in traces.load(TRACE):
             if row.wave == 0 and (not self.queries or self.queries[-1][0].session != row.session):
                 self.queries.append([])
             self.queries[-1].append(row)
+        # As in the simulation, the first queries are what is known beforehand.
+        early, self.queries = self.queries[:TUNED_ON], self.queries[TUNED_ON:]
+        by: dict[str, list[Any]] = {}
+        for row in itertools.chain(*early):
+            by.setdefault(row.stage, []).append(row)
+        self.lengths = {
+            stage: (
+                statistics.fmean(max(2, row.num_prompt // SCALED_PROMPT) for row in own),
+                statistics.fmean(max(1, row.num_output // SCALED_OUTPUT) for row in own),
+            )
+            for stage, own in by.items()
+        }
         # What a query takes alone on each engine, for its deadline and for how many may come.
         calls = self._calls(random.Random(0), 1)
         self.alone_s = []
@@ -545,8 +557,8 @@ class Live:
         self.deadline_s = LIVE_SCALE * statistics.fmean(self.alone_s)
         self.rate = LIVE_LOAD * sum(1 / seconds for seconds in self.alone_s)
         ctx.say(
-            f"live: a query takes {self.alone_s[0]:.2f} s alone on the fast engine, {self.alone_s[1]:.2f} s on the slow "
-            f"one; {self.rate:.2f} come a second, each to end within {self.deadline_s:.2f} s"
+            f"live: a query takes {self.alone_s[0]:.2f} s alone on the fast engine, {self.alone_s[1]:.2f} s on the "
+            f"slow one; {self.rate:.2f} come a second, each to end within {self.deadline_s:.2f} s"
         )
 
     def close(self) -> None:
@@ -593,7 +605,9 @@ class Live:
         speeds = [1000.0 / seconds for seconds in getattr(self, "alone_s", ())[:2]]
         speeds += [1.0] * (2 - len(speeds))
         members = [Member(place, f"engine {place}", speeds[place]) for place in range(2)]
-        router = registry.make("router", Choice("hexgen", {"steps": STEPS}) if balanced else "round-robin")
+        router = registry.make(
+            "router", Choice("hexgen", {"steps": STEPS, "lengths": self.lengths}) if balanced else "round-robin"
+        )
         fleet = Fleet(router, members if only is None else [replace(members[only], place=0)])
         threads = [EngineThread(engine) for place, engine in enumerate(engines) if only in (None, place)]
         told: queue.SimpleQueue[Any] = queue.SimpleQueue()
