@@ -36,6 +36,19 @@ class Fleet:
         self.members.append(member)
         return member
 
+    def drain(self, place: int) -> bool:
+        """The engine there gets nothing more; what is inside goes on. Whether nothing is, so that it can leave."""
+        self.members[place].up = False
+        return not self.members[place].requests
+
+    def leave(self, place: int) -> None:
+        """The engine there is gone, with nothing inside. Raises MillstreamError where something is."""
+        member = self.members[place]
+        if member.requests:
+            raise MillstreamError(f"{member.name} cannot leave: {member.requests} requests are inside")
+        member.up = False
+        self.router.lost(place)
+
     @property
     def up(self) -> list[Member]:
         return [member for member in self.members if member.up]

@@ -88,6 +88,9 @@ class FleetView:
     place in a step yet, for `oldest_wait_s` at most; `running` ones have. `busy` is the share of the members' time in
     which they had work since the last view, 0 to 1. `attainment` is the share of the requests that ended in the last
     window and met what they were promised; None where none of them was promised anything.
+
+    Since the last view, `interval_s` ago, `arrived` requests came and `ended` ones ended. `kv` is the share of KV
+    blocks that is taken, over the members. Who does not count these leaves them at 0.
     """
 
     now: float
@@ -98,13 +101,25 @@ class FleetView:
     busy: float
     attainment: float | None
     starting: int = 0
+    arrived: int = 0
+    ended: int = 0
+    interval_s: float = 0.0
+    kv: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """How many there are and will be."""
+        return len(self.members) + self.starting
 
 
 class Autoscaler(Protocol):
-    """Says how many members a cluster should have. It is asked every so often, live and simulated alike.
+    """Says how many members a cluster should have. It is asked every `interval_s`, live and simulated alike.
 
-    Who asks keeps the number within its own bounds, starts what lacks, and drains before it removes.
+    Who asks keeps the number within its own bounds, starts what lacks, and drains before it removes. A rule is a
+    function of the views it was shown, in order: no clock of its own, no I/O.
     """
+
+    interval_s: float = 15.0
 
     @abstractmethod
     def target(self, fleet: FleetView, now: float) -> int:

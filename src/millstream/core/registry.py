@@ -29,6 +29,7 @@ POINTS: Mapping[str, str] = {
     "meter": "millstream.sched.meters",
     "step-cost": "millstream.sched.predictors",
     "router": "millstream.cluster.routers",
+    "autoscaler": "millstream.cluster.autoscale",
     "prefix": "millstream.memory.prefix",
     "evict": "millstream.memory.evict",
     "tier": "millstream.memory.tiers",
