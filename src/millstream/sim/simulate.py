@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from millstream.cluster.fleet import Fleet, NoEngine
-from millstream.cluster.protocol import Done, Router
+from millstream.cluster.protocol import Autoscaler, Done, Router
 from millstream.core import registry
 from millstream.core.client import Chunk
 from millstream.core.clock import VirtualClock
@@ -26,16 +26,22 @@ from millstream.core.request import Prior, Program, Request, SamplingParams, Slo
 from millstream.sched.profiles import Profile
 from millstream.sim.leap import earliest_end, leap
 from millstream.sim.replica import EngineSetting, Replica, build, member_of
+from millstream.sim.scaling import Scaler, ScalingLog, ScalingSetting
 from millstream.sim.workload import Call
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Replica number `replica` is lost at `at_s` and is back, empty, `for_s` seconds later."""
+    """Replica number `replica` is lost at `at_s` and is back, empty, `for_s` seconds later.
+
+    With `crashes` it then starts so many times in vain, each start a cold start long and waiting longer than the last
+    one, before one is well. Of a replica that is added after `at_s` it is the first start that fails so.
+    """
 
     replica: int
     at_s: float
     for_s: float
+    crashes: int = 0
 
 
 @dataclass(slots=True)
@@ -78,6 +84,7 @@ class Result:
     steps: int
     busy_s: list[float]
     made: list[StepMade]
+    scaling: ScalingLog | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -107,6 +114,11 @@ class Simulation:
     `max_tokens` is what clients say that they want at most, which is all that a policy may know of an output's length.
     `progress` hears of each call that ended. With `keep_steps` every step is kept, for a trace. Without `leaps` every
     step is planned, also where it could not be another than the last (`leap.py`).
+
+    With an `autoscaler` replicas come and go (`scaling.py`): `replicas` are those that are there at the start, and who
+    is added is of the first one's kind. There are `min_replicas` to `max_replicas`, and an added one is ready
+    `cold_start_s` seconds after it was ordered. `promise` is what requests without wishes of their own are promised,
+    as the autoscaler sees it. Raises BadRequest.
     """
 
     def __init__(
@@ -124,6 +136,11 @@ class Simulation:
         keep_steps: bool = False,
         leaps: bool = True,
         progress: Callable[[], None] | None = None,
+        autoscaler: Autoscaler | None = None,
+        cold_start_s: float = 0.0,
+        min_replicas: int = 1,
+        max_replicas: int | None = None,
+        promise: Slo | None = None,
     ) -> None:
         if not replicas:
             raise BadRequest("replicas", 0, "at least one")
@@ -145,21 +162,35 @@ class Simulation:
         self._served: dict[int, Served] = {}
         self._followers: dict[int, list[Call]] = {}
         self._awaited: dict[int, set[int]] = {}  # by call: the calls that it still waits for
-        self._homeless: list[Call] = []
+        self.homeless: list[Call] = []  # no replica is up
+        self.open_calls = len(calls)
+        self._failures = tuple(failures)
+        self._scaler: Scaler | None = None
         self.steps = 0
         self._busy_s = [0.0] * len(self.replicas)
         for call in calls:
             if not call.after:
-                self._at(call.at_s, self._arrive, call)
+                self.at(call.at_s, self._arrive, call)
                 continue
             self._awaited[call.id] = set(call.after)
             for before in self._awaited[call.id]:
                 self._followers.setdefault(before, []).append(call)
         for failure in failures:
-            if not 0 <= failure.replica < len(self.replicas):
+            if failure.replica < 0 or (autoscaler is None and failure.replica >= len(self.replicas)):
                 raise BadRequest("failure", failure.replica, f"a replica from 0 to {len(self.replicas) - 1}")
-            self._at(failure.at_s, self._lose, failure.replica)
-            self._at(failure.at_s + failure.for_s, self._restore, failure.replica)
+            if failure.crashes < 0 or (failure.crashes and autoscaler is None):
+                raise BadRequest("crashes", failure.crashes, "0, or with an autoscaler an integer from 0")
+            self.at(failure.at_s, self._lose, failure)
+            if autoscaler is None:
+                self.at(failure.at_s + failure.for_s, self.restore, failure.replica)
+        if autoscaler is not None:
+            most = max(len(replicas), min_replicas) if max_replicas is None else max_replicas
+            setting_of = ScalingSetting(autoscaler, cold_start_s, min_replicas, most, promise or self.slo)
+            if not min_replicas <= len(replicas) <= most:
+                raise BadRequest("replicas", len(replicas), f"from {min_replicas} to {most} at the start")
+            self._scaler = Scaler(self, setting_of)
+            self._scaler.first(len(replicas))
+            self.at(self._scaler.interval_s, self._scaler.look)
 
     def _replica(self, place: int, name: str, profile: Profile) -> Replica:
         def hear(event: Event) -> None:
@@ -167,7 +198,8 @@ class Simulation:
 
         return build(name, profile, self.setting, self.clock, self.seed + place, (hear,))
 
-    def _at(self, when: float, work: Callable[..., None], *given: object, inside: bool = False) -> None:
+    def at(self, when: float, work: Callable[..., None], *given: object, inside: bool = False) -> None:
+        """Has something done at a time. Not `inside`: it may change what engines do, who never leap beyond it."""
         if not inside:
             heapq.heappush(self._outside, when)
         heapq.heappush(self._heap, (when, next(self._serials), lambda: work(*given)))
@@ -185,12 +217,20 @@ class Simulation:
             self._busy_s[place] += replica.runner.busy_s
         ends = [one.ended_s for one in served if one.ended_s is not None]
         start = min((one.arrival_s for one in served), default=0.0)
-        return Result(served, self.replicas, max(ends, default=start) - start, self.steps, self._busy_s, self.made)
+        scaling = None
+        if self._scaler is not None:
+            scaling = self._scaler.log
+            scaling.end_s = max(ends, default=start)
+        return Result(
+            served, self.replicas, max(ends, default=start) - start, self.steps, self._busy_s, self.made, scaling
+        )
 
     # -- what happens
 
     def _arrive(self, call: Call) -> None:
         self._served[call.id] = Served(call, self.clock.now())
+        if self._scaler is not None:
+            self._scaler.arrived()
         self._send(call)
 
     def _send(self, call: Call) -> None:
@@ -198,7 +238,7 @@ class Simulation:
         try:
             request, place = self.fleet.send(self._request(call, served), now)
         except NoEngine:
-            self._homeless.append(call)
+            self.homeless.append(call)
             return
         replica = self.replicas[place]
         served.replica = place
@@ -212,7 +252,7 @@ class Simulation:
             self._over(call)
             return
         if self.slo.deadline_s is not None:
-            self._at(self.clock.now() + self.slo.deadline_s, self._kick, place)
+            self.at(self.clock.now() + self.slo.deadline_s, self._kick, place)
         if not replica.busy:
             self._kick(place)
 
@@ -257,12 +297,15 @@ class Simulation:
             self._over(call)
 
     def _over(self, call: Call) -> None:
+        self.open_calls -= 1
+        if self._scaler is not None:
+            self._scaler.ended(self._served[call.id], self.clock.now())
         for follower in self._followers.pop(call.id, ()):
             awaited = self._awaited[follower.id]
             awaited.discard(call.id)
             if not awaited:
                 del self._awaited[follower.id]
-                self._at(self.clock.now() + follower.think_s, self._arrive, follower)
+                self.at(self.clock.now() + follower.think_s, self._arrive, follower)
         if self.progress is not None:
             self.progress()
 
@@ -295,7 +338,7 @@ class Simulation:
             return
         if replica.engine.launch():
             replica.busy = True
-            self._at(replica.runner.launched[0].done_at, self._done, place, replica.epoch, inside=True)
+            self.at(replica.runner.launched[0].done_at, self._done, place, replica.epoch, inside=True)
 
     def _done(self, place: int, epoch: int) -> None:
         replica = self.replicas[place]
@@ -309,7 +352,7 @@ class Simulation:
             self.steps += len(times)
             replica.runner.free_at = times[-1]
             replica.busy = True
-            self._at(times[-1], self._go_on, place, epoch, inside=True)
+            self.at(times[-1], self._go_on, place, epoch, inside=True)
             return
         self._kick(place)
 
@@ -330,22 +373,63 @@ class Simulation:
             quiet = min([quiet, *(earliest_end(one, now) for one in self.replicas if one is not self.replicas[place])])
         return quiet
 
-    def _lose(self, place: int) -> None:
-        replica = self.replicas[place]
-        if not replica.up:
+    def _lose(self, failure: Failure) -> None:
+        place, now = failure.replica, self.clock.now()
+        if self._scaler is not None:
+            if not self._scaler.lost(place, failure.for_s, failure.crashes, now):
+                return
+        elif not self.replicas[place].up:
             return
-        inside = [request.id for request in self.fleet.lost(place, self.clock.now())]
-        self._busy_s[place] += replica.runner.busy_s
-        fresh = self._replica(place, replica.name, replica.profile)
-        fresh.up, fresh.epoch, fresh.served = False, replica.epoch + 1, replica.served
-        self.replicas[place] = fresh
+        inside = [request.id for request in self.fleet.lost(place, now)]
+        self._empty(place)
         for number in inside:
             served = self._served[number]
             served.retries += 1
             self._send(served.call)
+        if self._scaler is not None:
+            self._scaler.emptied(place, now)
 
-    def _restore(self, place: int) -> None:
+    def _empty(self, place: int) -> None:
+        """A fresh replica in the place of another, not up yet."""
+        replica = self.replicas[place]
+        self._busy_s[place] += replica.runner.busy_s
+        fresh = self._replica(place, replica.name, replica.profile)
+        fresh.up, fresh.epoch, fresh.served = False, replica.epoch + 1, replica.served
+        self.replicas[place] = fresh
+
+    def restore(self, place: int) -> None:
+        """The replica there takes requests from now on."""
         self.replicas[place].up = self.fleet.members[place].up = True
-        waiting, self._homeless = self._homeless, []
+        waiting, self.homeless = self.homeless, []
         for call in waiting:
             self._send(call)
+
+    # -- for who scales
+
+    def grow(self) -> int:
+        """One more replica of the first one's kind, not up yet; its place."""
+        place, profile = len(self.replicas), self.replicas[0].profile
+        replica = self._replica(place, f"{profile.name}/{place}", profile)
+        replica.up = False
+        self.replicas.append(replica)
+        self._busy_s.append(0.0)
+        like = member_of(place, replica)
+        self.fleet.add(like.name, like.speed, like.cost, up=False)
+        return place
+
+    def shrink(self, place: int) -> None:
+        """A replica with nothing inside is gone."""
+        self.fleet.leave(place)
+        self.replicas[place].up = False
+
+    def busy_s(self, place: int) -> float:
+        """How long a replica has computed up to now."""
+        runner = self.replicas[place].runner
+        return self._busy_s[place] + runner.busy_s - max(0.0, runner.free_at - self.clock.now())
+
+    def arrival_of(self, call: int) -> float:
+        return self._served[call].arrival_s
+
+    def crashes_of(self, place: int, now: float) -> int:
+        """How many of the starts of a replica that is added now fail."""
+        return sum(one.crashes for one in self._failures if one.replica == place and one.at_s <= now)
