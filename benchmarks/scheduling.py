@@ -20,9 +20,11 @@ from millstream.core import registry
 from millstream.core.registry import Choice
 from millstream.core.request import Hints, Request, SamplingParams, Slo, Tokens
 from millstream.sched import profiles
+from millstream.sim import programs, traces, workload
 from millstream.sim.compare import Row, compare
 from millstream.sim.published import PUBLISHED
 from millstream.sim.scenario import Prepared, Scenario, TenantConfig
+from millstream.sim.workload import Call
 
 PROFILE = "vidur-a100-llama3-8b-tp1"
 STACKS: dict[str, tuple[Choice, ...]] = {
@@ -62,10 +64,22 @@ def scenarios(requests: int) -> dict[str, tuple[Scenario, dict[str, float]]]:
     limits = {"ttft": 2.0, "tpot": 0.1}
     return {
         "azure-conv": (replace(base, trace="azure-conv", tenants=mixed(8.0, requests), burstiness=1.0), limits),
-        "mooncake": (replace(base, trace="mooncake", tenants=mixed(2.0, requests // 4), burstiness=1.0), limits),
-        "servegen": (replace(base, trace="servegen", rate=8.0), limits),
-        "agents": (replace(base, trace="agents-coding", rate=8.0), limits),
+        "mooncake": (replace(base, trace="mooncake", tenants=mixed(1.0, requests // 4), burstiness=1.0), limits),
+        "servegen": (replace(base, trace="servegen", rate=12.0), limits),
+        "agents": (replace(base, trace="agents"), limits),
     }
+
+
+class Agents(Prepared):
+    """Recorded agents as programs that begin at random, a session cut to twenty calls and to half of its tokens."""
+
+    def calls(self, rate: float | None = None) -> list[Call]:
+        rows = [*traces.load("agents-coding"), *traces.load("agents")]
+        sessions = programs.recorded(rows, "agent", 0.5, most_think_s=5.0)
+        cut = programs.thinned(sessions, 1_000_000, 20)
+        count = max(1, (self.scenario.requests or 400) // 4)
+        found = programs.calls((cut * count)[:count], 4.0, 8000, self.scenario.seed, tenants=3)
+        return workload.hinted(found, self.scenario.hint_error or 0.0, self.scenario.seed)
 
 
 def table(rows: list[Row]) -> str:
@@ -134,7 +148,8 @@ def main() -> None:
         found = {}
         for trace, (scenario, limits) in scenarios(args.requests).items():
             if args.only in (None, trace):
-                found[trace] = compare(Prepared(scenario), STACKS, limits)
+                prepared = Agents(scenario) if trace == "agents" else Prepared(scenario)
+                found[trace] = compare(prepared, STACKS, limits)
                 print(f"\n### {trace}\n\n{table(found[trace])}", flush=True)
         if args.plot:
             from millstream.sim.plots import compared
