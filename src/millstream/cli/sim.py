@@ -30,6 +30,10 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--plans", "plans", int, "steps in flight, 1 or 2"),
     ("--hint-error", "hint_error", float, "give policies guesses of output lengths, off by this deviation of the log"),
     ("--noise", "noise", float, "deviation of the logarithm of step times (default 0)"),
+    ("--autoscaler", "autoscaler", str, "how many replicas there are: static, hpa, slo, predictive, ..."),
+    ("--cold-start", "cold_start_s", float, "seconds from the order of a replica to its first request (default 0)"),
+    ("--min-replicas", "min_replicas", int, "with an autoscaler (default 1)"),
+    ("--max-replicas", "max_replicas", int, "with an autoscaler (default 8)"),
     ("--seed", "seed", int, "of everything random (default 0)"),
 )
 
@@ -47,6 +51,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for flag, name, kind, text in _FLAGS:
         metavar = "N" if kind is int else "X" if kind is float else None
         parser.add_argument(flag, dest=name, type=kind, metavar=metavar or flag[2:].upper(), help=text)
+    parser.add_argument(
+        "--diurnal", metavar="PERIOD_S[,LOW]", help="days of so many seconds; the lowest rate is LOW times the highest"
+    )
+    parser.add_argument(
+        "--bursts", metavar="EVERY_S[,FOR_S[,TIMES]]", help="at random times: for 60 seconds 3 times the rate"
+    )
     parser.add_argument("--mix", action="store_true", help="shuffle lengths against arrivals")
     parser.add_argument("--oracle", action="store_true", help="policies may know true output lengths")
     parser.add_argument(
@@ -71,7 +81,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--percentiles", default="99", metavar="P,Q", help="of the table (default 99)")
     parser.add_argument("--chrome", metavar="FILE", help="write all steps, for chrome://tracing or Perfetto")
-    parser.add_argument("--plot", metavar="FILE", help="draw --rates, or first tokens over time, as PNG or SVG")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw --rates, replicas or first tokens over time, as PNG or SVG"
+    )
     parser.add_argument("--list", action="store_true", help="name the traces and profiles, and leave")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -95,6 +107,14 @@ def scenario_of(args: argparse.Namespace) -> Any:
             raise ConfigError(f"--replicas {args.replicas}: numbers from 1, with commas") from None
     if args.policy:
         given["policies"] = [one.strip() for one in args.policy.split(",")]
+    for flag, names in (("diurnal", ("period_s", "low")), ("bursts", ("every_s", "for_s", "times"))):
+        if (text := getattr(args, flag)) is None:
+            continue
+        try:
+            values = [float(one) for one in text.split(",")]
+            given[flag] = dict(zip(names[: len(values)], values, strict=True))
+        except ValueError:
+            raise ConfigError(f"--{flag} {text}: up to {len(names)} numbers with commas: {', '.join(names)}") from None
     for name in ("mix", "oracle"):
         if getattr(args, name):
             given[name] = True
@@ -114,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         return _list(args.json)
     from millstream.core.errors import BadRequest, ConfigError
+    from millstream.core.request import Slo
     from millstream.sim import report
     from millstream.sim.metrics import lines
     from millstream.sim.scenario import Prepared
@@ -140,22 +161,30 @@ def run(args: argparse.Namespace) -> int:
             return _compare(prepared, slo, args)
         calls = prepared.calls()
         with output.progress_bar(len(calls)) as step:
-            result = prepared.run(calls=calls, keep_steps=bool(args.chrome), progress=step)
+            promise = Slo(slo.get("ttft"), slo.get("tpot"), None, slo.get("e2el"))
+            result = prepared.run(calls=calls, keep_steps=bool(args.chrome), progress=step, promise=promise)
         found = report.found_of(result, METRICS, percentiles, slo)
         rows = report.tenants(result, slo)
         if args.chrome:
             Path(args.chrome).write_text(json.dumps(report.chrome_trace(result)))
         if args.plot:
-            from millstream.sim.plots import first_tokens
+            from millstream.sim import plots
 
-            first_tokens(result, Path(args.plot))
+            (plots.first_tokens if result.scaling is None else plots.replicas)(result, Path(args.plot))
         if args.json:
             tenants = [{name: getattr(row, name) for name in row.__dataclass_fields__} for row in rows]
             output.emit({**found, "tenants": tenants, "jain": report.jain([row.service for row in rows])})
             return 0
         print("\n".join(lines(found, METRICS, percentiles, None, scenario.rate or float("inf"))))
+        if result.scaling is None:
+            busy = f"replicas busy {', '.join(f'{100 * one:.0f} %' for one in found['busy'])}"
+        else:
+            busy = (
+                f"{found['replica_seconds']:.0f} replica-seconds, {found['mean_replicas']:.2f} replicas on average, "
+                f"{found['peak_replicas']} at most, {found['scale_changes']} changes"
+            )
         print(
-            f"{result.steps} steps, replicas busy {', '.join(f'{100 * one:.0f} %' for one in found['busy'])}; "
+            f"{result.steps} steps, {busy}; "
             f"{found['preemptions']} preemptions, {found['retries']} sent again; fingerprint {result.fingerprint}"
         )
         if "workflows" in found:

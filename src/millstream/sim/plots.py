@@ -47,6 +47,55 @@ def first_tokens(result: Result, path: Path) -> None:
     _done(page, axes, path)
 
 
+def replicas(result: Result, path: Path, buckets: int = 120) -> None:
+    """Replicas over time, with what comes and what waits below. Raises ConfigError, also where nobody scaled."""
+    log = result.scaling
+    if log is None:
+        raise ConfigError(f"--plot {path}: replicas over time are drawn of a run with an autoscaler")
+    page, (upper, lower) = _page(path, 2, (6.4, 5.2), rows=True)
+    edges: dict[str, list[tuple[float, int]]] = {"ready": [], "paid for": []}
+    for span in log.spans:
+        end = log.end_s if span.ended_s is None else min(span.ended_s, log.end_s)
+        edges["paid for"] += [(span.started_s, 1), (end, -1)]
+        if span.ready_s is not None and span.ready_s < log.end_s:
+            edges["ready"] += [(span.ready_s, 1), (end if span.drained_s is None else span.drained_s, -1)]
+    for place, (name, changes) in enumerate(edges.items()):
+        times, counts = _steps(changes)
+        style = {"color": COLOURS[place], "linewidth": 1.6 if place == 0 else 1.0}
+        upper.step(times, counts, where="post", label=name, **style)
+    upper.set_ylabel("replicas")
+    upper.set_ylim(bottom=0)
+    upper.legend(frameon=False, labelcolor=INK, loc="upper left")
+    width = max(log.end_s, 1e-9) / buckets
+    came = [0] * buckets
+    for one in result.served:
+        came[min(buckets - 1, int(one.arrival_s / width))] += 1
+    lower.step([place * width for place in range(buckets)], [one / width for one in came], where="post", color=INK)
+    lower.set_ylabel("requests a second")
+    lower.set_xlabel("s")
+    other = lower.twinx()
+    other.spines["top"].set_visible(False)
+    other.tick_params(colors=COLOURS[4])
+    other.plot([look.at_s for look in log.looks], [look.waiting for look in log.looks], color=COLOURS[4], linewidth=1)
+    other.set_ylabel("requests that wait", color=COLOURS[4])
+    _save(page, path)
+
+
+def _steps(changes: Sequence[tuple[float, int]]) -> tuple[list[float], list[int]]:
+    """Changes of a count, as times and counts from then on."""
+    times: list[float] = []
+    counts: list[int] = []
+    count = 0
+    for at_s, change in sorted(changes):
+        count += change
+        if times and times[-1] == at_s:
+            counts[-1] = count
+        else:
+            times.append(at_s)
+            counts.append(count)
+    return times, counts
+
+
 def compared(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Policies side by side, a column of bars a trace: mean and p99 a token, fairness, share within the limits."""
     panels = (
@@ -82,11 +131,11 @@ def compared(tables: Mapping[str, Sequence[Row]], path: Path) -> None:
         axes.set_yticks(range(len(labels)), labels if axes is grid[0] else [""] * len(labels))
     handles, names = grid[0].get_legend_handles_labels()
     page.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, labelcolor=INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.savefig(path, dpi=150, transparent=True)
+    _save(page, path)
 
 
-def _page(path: Path, columns: int = 1, size: tuple[float, float] = (6.4, 3.8)) -> tuple[Any, Any]:
+def _page(path: Path, count: int = 1, size: tuple[float, float] = (6.4, 3.8), rows: bool = False) -> tuple[Any, Any]:
+    """A page, and its axes: several beside each other, or as `rows` that share their time."""
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {path}: the name of a .png or .svg file")
     try:
@@ -96,7 +145,10 @@ def _page(path: Path, columns: int = 1, size: tuple[float, float] = (6.4, 3.8)) 
         raise ConfigError("plots need matplotlib: pip install 'millstream[bench]'") from None
     page = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(page)
-    grid = page.subplots(1, columns, squeeze=False)[0]
+    if rows:
+        grid = page.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
+    else:
+        grid = page.subplots(1, count, squeeze=False)[0]
     for axes in grid:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -105,10 +157,14 @@ def _page(path: Path, columns: int = 1, size: tuple[float, float] = (6.4, 3.8)) 
         axes.tick_params(colors=INK, which="both")
         axes.xaxis.label.set_color(INK)
         axes.yaxis.label.set_color(INK)
-    return page, grid if columns > 1 else grid[0]
+    return page, grid if count > 1 else grid[0]
 
 
 def _done(page: Any, axes: Any, path: Path) -> None:
     axes.legend(frameon=False, labelcolor=INK)
+    _save(page, path)
+
+
+def _save(page: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     page.savefig(path, dpi=150, transparent=True)

@@ -11,6 +11,7 @@ from typing import Any
 from millstream.core.errors import BadRequest
 from millstream.core.request import Slo
 from millstream.sim.metrics import RequestTiming, peak_open, peak_rate, percentile, statistics_of
+from millstream.sim.scaling import ScalingLog
 from millstream.sim.simulate import Result, Served
 
 SLO_NAMES = ("ttft", "tpot", "e2el", "workflow")
@@ -142,6 +143,8 @@ def found_of(
         found["workflows"] = len(rows)
         for name, q in (("median", 50), ("p95", 95), ("p99", 99)):
             found[f"{name}_workflow_s"] = percentile(ends, q) if ends else None
+    if result.scaling is not None:
+        found |= scaling_of(result.scaling)
     values = {
         "ttft": [one.ttft_s for one in good if one.ttft_s is not None],
         "tpot": [one.tpot_s for one in good if one.tpot_s is not None],
@@ -153,6 +156,18 @@ def found_of(
             raise BadRequest("metrics", name, ", ".join(values))
         found |= statistics_of(name, values[name], percentiles)
     return found
+
+
+def scaling_of(log: ScalingLog) -> dict[str, Any]:
+    """What became of the number of replicas: what was paid for, and how often it changed."""
+    return {
+        "replica_seconds": log.replica_seconds,
+        "mean_replicas": _rate(log.replica_seconds, log.end_s),
+        "peak_replicas": log.peak,
+        "scale_changes": len(log.changes),
+        "scale_reversals": log.reversals,
+        "failed_starts": sum(span.failed_starts for span in log.spans),
+    }
 
 
 @dataclass(frozen=True, slots=True)

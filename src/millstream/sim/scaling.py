@@ -9,6 +9,7 @@ has a place of its own, and an empty cache.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -107,7 +108,7 @@ class ScalingLog:
     def reversals(self) -> int:
         """How often the number turned: up after down, or down after up."""
         ways = [after > before for _, before, after in self.changes]
-        return sum(one != other for one, other in zip(ways, ways[1:], strict=False))
+        return sum(one != other for one, other in itertools.pairwise(ways))
 
     @property
     def peak(self) -> int:

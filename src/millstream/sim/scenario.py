@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from millstream.core import registry
-from millstream.core.errors import ConfigError
+from millstream.core.errors import BadRequest, ConfigError
 from millstream.core.registry import Choice
 from millstream.core.request import Slo
 from millstream.sched import profiles
 from millstream.sched.profiles import Profile
 from millstream.sim import workload
+from millstream.sim.arrivals import Bursts, Diurnal
 from millstream.sim.published import PUBLISHED
 from millstream.sim.replica import EngineSetting
 from millstream.sim.simulate import Failure, Result, Simulation
@@ -49,6 +50,36 @@ class FailureConfig:
     replica: int
     at_s: float
     for_s: float
+    crashes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiurnalConfig:
+    """`[diurnal]`: a day of `period_s` seconds (None: none), with its lowest rate `low` times its highest, or with
+    `points`: shares of the day and levels (`[[0, 0.2], [0.5, 1.0]]`)."""
+
+    period_s: float | None = None
+    low: float = 0.2
+    points: tuple[tuple[float, ...], ...] = ()
+
+    def diurnal(self) -> Diurnal | None:
+        if any(len(point) != 2 for point in self.points):
+            raise BadRequest("points", self.points, "pairs of a share of the day and a level")
+        if self.period_s is None:
+            return None
+        return Diurnal(self.period_s, self.low, tuple((point[0], point[1]) for point in self.points))
+
+
+@dataclass(frozen=True, slots=True)
+class BurstsConfig:
+    """`[bursts]`: one in `every_s` seconds (None: none) the rate is `times` itself for `for_s` seconds."""
+
+    every_s: float | None = None
+    for_s: float = 60.0
+    times: float = 3.0
+
+    def bursts(self) -> Bursts | None:
+        return None if self.every_s is None else Bursts(self.every_s, self.for_s, self.times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +91,9 @@ class Scenario:
     Poisson). `requests` and `seconds` cut the trace. `deadline_s` ends requests; `e2e_s` is how long one is wished to
     take as a whole, or the workflow that it is part of. `noise` is the deviation of log step times. `blocks`,
     `step_tokens` and `max_rows` stand for the profile's own. `mix` shuffles lengths against arrivals.
+
+    With an `autoscaler` there are `min_replicas` to `max_replicas`, an added one is ready after `cold_start_s`, and
+    `replicas` is how many there are at the start. With `diurnal` or `bursts`, `rate` is a mean.
     """
 
     trace: str = "azure-conv"
@@ -90,6 +124,12 @@ class Scenario:
     seed: int = 0
     tenants: tuple[TenantConfig, ...] = ()
     failures: tuple[FailureConfig, ...] = ()
+    diurnal: DiurnalConfig = DiurnalConfig()
+    bursts: BurstsConfig = BurstsConfig()
+    autoscaler: Choice | None = None
+    cold_start_s: float = 0.0
+    min_replicas: int = 1
+    max_replicas: int = 8
 
     def __post_init__(self) -> None:
         if self.preemption not in ("recompute", "swap"):
@@ -102,6 +142,24 @@ class Scenario:
             raise ConfigError(f"plans: got {self.plans}, allowed is 1 or 2")
         if self.noise < 0 or self.host_blocks < 0 or self.max_tokens < 1 or (self.hint_error or 0) < 0:
             raise ConfigError("noise, host_blocks and hint_error are 0 or more, max_tokens is 1 or more")
+        self.diurnal.diurnal()
+        self.bursts.bursts()
+        self._check_scaling()
+
+    def _check_scaling(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ConfigError(
+                f"min_replicas: got {self.min_replicas}, allowed is from 1 to max_replicas ({self.max_replicas})"
+            )
+        if not self.cold_start_s >= 0:
+            raise ConfigError(f"cold_start_s: got {self.cold_start_s}, allowed is a number from 0")
+        if self.autoscaler is None:
+            return
+        registry.options("autoscaler", self.autoscaler)
+        if len(self.profiles) > 1:
+            raise ConfigError(
+                f"profiles: got {len(self.profiles)} kinds of engines, allowed is one where an autoscaler adds replicas"
+            )
 
 
 class Prepared:
@@ -144,6 +202,8 @@ class Prepared:
                     scenario.seconds,
                     self._wishes(tenant),
                     tenant.priority,
+                    scenario.diurnal.diurnal(),
+                    scenario.bursts.bursts(),
                 )
             )
         # Every replica must be able to take every call.
@@ -166,9 +226,10 @@ class Prepared:
         keep_steps: bool = False,
         progress: Callable[[], None] | None = None,
         scenario: Scenario | None = None,
+        promise: Slo | None = None,
     ) -> Result:
         """`counts` are numbers of replicas in the place of the scenario's. Another `scenario` may differ from it in
-        what is no part of traffic and replicas."""
+        what is no part of traffic and replicas. `promise` is what an autoscaler takes requests to be promised."""
         scenario = scenario or self.scenario
         setting = EngineSetting(
             scenario.policies,
@@ -182,6 +243,8 @@ class Prepared:
         replicas = []
         for place, (profile, count) in enumerate(self.kinds):
             number = count if counts is None else counts[place]
+            if scenario.autoscaler is not None:
+                number = max(scenario.min_replicas, min(scenario.max_replicas, number))
             replicas += [(f"{profile.name}/{one}", profile) for one in range(number)]
         simulation = Simulation(
             self.calls(rate) if calls is None else calls,
@@ -189,11 +252,16 @@ class Prepared:
             setting,
             registry.make("router", scenario.router),
             slo=Slo(deadline_s=scenario.deadline_s),
-            failures=[Failure(one.replica, one.at_s, one.for_s) for one in scenario.failures],
+            failures=[Failure(one.replica, one.at_s, one.for_s, one.crashes) for one in scenario.failures],
             seed=scenario.seed,
             oracle=scenario.oracle,
             max_tokens=scenario.max_tokens,
             keep_steps=keep_steps,
             progress=progress,
+            autoscaler=None if scenario.autoscaler is None else registry.make("autoscaler", scenario.autoscaler),
+            cold_start_s=scenario.cold_start_s,
+            min_replicas=scenario.min_replicas if scenario.autoscaler is not None else 1,
+            max_replicas=scenario.max_replicas if scenario.autoscaler is not None else None,
+            promise=promise,
         )
         return simulation.run()

@@ -16,7 +16,7 @@ from pathlib import Path
 from millstream.core.errors import BadRequest
 from millstream.core.request import Hints, Slo
 from millstream.sim import traces
-from millstream.sim.arrivals import arrival_times
+from millstream.sim.arrivals import Bursts, Diurnal, RateCurve, arrival_times
 from millstream.sim.traces import BLOCK_TOKENS, Row
 
 # Calls of one stage of one workflow (candidates, evaluations, repairs) ask about the same question and schema: they
@@ -60,8 +60,8 @@ class Source:
     """What one tenant sends: rows of a trace, and what of them is changed.
 
     `rate` is requests a second (None: as recorded): recorded gaps are stretched, or with `burstiness` replaced by
-    random ones (1: Poisson). `speed` replays faster. `count` and `seconds` cut it. `slo` and `priority` are those of
-    its requests.
+    random ones (1: Poisson). With a `diurnal` or `bursts` it is a mean, and requests come at random by how it changes.
+    `speed` replays faster. `count` and `seconds` cut it. `slo` and `priority` are those of its requests.
 
     Calls of a workflow come as one: of such rows `rate` is workflows a second (always with random gaps), and `count`
     takes workflows until they have so many calls.
@@ -76,6 +76,8 @@ class Source:
     seconds: float | None = None
     slo: Slo | None = None
     priority: int = 0
+    diurnal: Diurnal | None = None
+    bursts: Bursts | None = None
 
 
 def calls(sources: Iterable[Source], max_context: int, seed: int = 0) -> list[Call]:
@@ -168,7 +170,11 @@ def _timed(source: Source, seed: int) -> list[Row]:
             raise BadRequest("requests", source.count, "an integer from 1")
         # A trace that is shorter begins anew.
         rows = list(itertools.islice(_again(rows), source.count))
-    if source.burstiness is not None or (source.rate is not None and _untimed(rows)):
+    if source.diurnal is not None or source.bursts is not None:
+        rate = source.rate or len(rows) / max(rows[-1].at_s, 1e-9)
+        curve = RateCurve(rate, source.diurnal, source.bursts, seed)
+        rows = [replace(row, at_s=at) for row, at in zip(rows, curve.arrivals(), strict=False)]
+    elif source.burstiness is not None or (source.rate is not None and _untimed(rows)):
         rate = source.rate or len(rows) / max(rows[-1].at_s, 1e-9)
         times = arrival_times(len(rows), rate, source.burstiness or 1.0, seed=seed)
         rows = [replace(row, at_s=at) for row, at in zip(rows, times, strict=True)]

@@ -86,10 +86,10 @@ class Predictive(Autoscaler):
         """Requests a second at a time; `level` is what came lately by what used to come at that time."""
         if self._bins and all(one is not None for one in self._bins):
             return max(0.0, (self._bins[self._bin(at)] or 0.0) * level)
-        times, rates = zip(*self._recent, strict=True)
-        mean_t, mean_r = sum(times) / len(times), sum(rates) / len(rates)
-        spread = sum((one - mean_t) ** 2 for one in times)
-        if len(times) < 3 or not spread:
+        count = len(self._recent)
+        mean_t, mean_r = sum(t for t, _ in self._recent) / count, sum(r for _, r in self._recent) / count
+        spread = sum((one - mean_t) ** 2 for one, _ in self._recent)
+        if count < 3 or not spread:
             return mean_r
         slope = sum((t - mean_t) * (r - mean_r) for t, r in self._recent) / spread
         return max(0.0, mean_r + slope * (at - mean_t))
