@@ -90,7 +90,9 @@ class Scenario:
     requests a second (None: as recorded), `speed` a factor on recorded times, `burstiness` makes gaps random (1:
     Poisson). `requests` and `seconds` cut the trace. `deadline_s` ends requests; `e2e_s` is how long one is wished to
     take as a whole, or the workflow that it is part of. `noise` is the deviation of log step times. `blocks`,
-    `step_tokens` and `max_rows` stand for the profile's own. `mix` shuffles lengths against arrivals.
+    `step_tokens` and `max_rows` stand for the profile's own. `mix` shuffles lengths against arrivals. `hint_error`:
+    requests come with a guess of their output that is off by a factor whose logarithm deviates by so much (0: exact),
+    as expected length and as score.
 
     With an `autoscaler` there are `min_replicas` to `max_replicas`, an added one is ready after `cold_start_s`, and
     `replicas` is how many there are at the start. With `diurnal` or `bursts`, `rate` is a mean.
