@@ -144,6 +144,11 @@ def main() -> None:
     for choices in STACKS.values():
         for choice in choices:
             registry.options("policy", choice)
+    # First, while the collector of garbage has little to look at.
+    costs = overhead()
+    plain = costs["fcfs"]
+    print(f"fcfs: {plain:.0f} us a step of {RUNNING} running and {WAITING} waiting; more than that:")
+    print(", ".join(f"{label} {cost - plain:+.0f}" for label, cost in costs.items() if label != "fcfs"))
     if not args.overhead:
         found = {}
         for trace, (scenario, limits) in scenarios(args.requests).items():
@@ -155,10 +160,6 @@ def main() -> None:
             from millstream.sim.plots import compared
 
             compared(found, args.plot)
-    costs = overhead()
-    plain = costs["fcfs"]
-    print(f"\nfcfs: {plain:.0f} us a step of {RUNNING} running and {WAITING} waiting; more than that:")
-    print(", ".join(f"{label} {cost - plain:+.0f}" for label, cost in costs.items() if label != "fcfs"))
 
 
 if __name__ == "__main__":

@@ -174,13 +174,13 @@ class Hygen(Experiment):
             calls.append(Call(100_000 + place, at, prompt, draw.randint(*ANSWER), "offline", priority=OFFLINE))
         return calls
 
-    def _setting(self, step_s: float | None, order: str = "prefix") -> Any:
+    def _setting(self, step_s: float | None, order: str = "prefix", step_tokens: int = STEP_TOKENS) -> Any:
         from millstream.bench.stage import Setting
 
         extra = () if step_s is None else (Choice("latency-budget", {"step_s": step_s}),)
         policies = (Choice("hygen", {"order": order}), Choice("fcfs"))
         blocks = CACHE // self.stage.model.resolved.block_size
-        return Setting(policies, seats=SEATS, step_tokens=STEP_TOKENS, blocks=blocks, extra=extra)
+        return Setting(policies, seats=SEATS, step_tokens=step_tokens, blocks=blocks, extra=extra)
 
     # -- what the simulator is asked beforehand
 
@@ -194,7 +194,13 @@ class Hygen(Experiment):
         return _largest(lambda step_s: self._simulated(ctx, self._setting(step_s), offline) <= limit, 0.002, 0.5)
 
     def _find_rate(self, ctx: Context, limit: float) -> float:
-        setting = self._setting(None)
+        # Without a model of times a fixed rate needs chunks that are small enough by themselves.
+        assert self.stage.profile is not None
+        cost, tokens = self.stage.profile.step_cost(), 8
+        while tokens < STEP_TOKENS and cost.seconds(StepShape(1, tokens, tokens * 200, 2, 200, 0, 3)) < limit:
+            tokens += 8
+        self.chunk = tokens
+        setting = self._setting(None, step_tokens=tokens)
         return _largest(lambda rate: self._simulated(ctx, setting, self._offline(95, rate)) <= limit, 0.05, 50.0)
 
     # -- runs
@@ -225,7 +231,9 @@ class Hygen(Experiment):
         kind = arm.name if arm.name in MARGINS else "hygen"
         controlled = arm.name in (*MARGINS, "no-prefixes", "constant")
         setting = self._setting(
-            self.steps[kind] if controlled else None, "fcfs" if arm.name == "no-prefixes" else "prefix"
+            self.steps[kind] if controlled else None,
+            "fcfs" if arm.name == "no-prefixes" else "prefix",
+            self.chunk if arm.name == "fixed-rate" else STEP_TOKENS,
         )
         cost = Always(0.5 * self.steps["hygen"]) if arm.name == "constant" else None
         calls = sorted([*online, *offline], key=lambda call: (call.at_s, call.id))
