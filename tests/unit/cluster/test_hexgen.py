@@ -105,6 +105,24 @@ def test_what_follows_a_step_is_learned_from_workflows_that_have_ended():
     assert sent.slo.e2e_s == pytest.approx(100 * 40 / (40 + 2.5 + 5)), "half of them had a repair"
 
 
+def test_a_call_that_is_sent_again_is_the_same_step():
+    books = fleet(steps=STEPS, lengths=LENGTHS)
+    books.send(call(1, "repair", slo_s=100.0), 0.0)
+    (again,) = books.lost(books.place_of(1), 20.0)
+    sent, _ = books.send(again, 20.0)
+    # The engine counts from its arrival, 20 s ago; before it was a repair of two, and it is that still.
+    assert sent.slo.e2e_s == pytest.approx(80 * 5 / 15 + 20)
+
+
+def test_of_a_session_without_end_only_its_beginning_is_learned_from():
+    books = fleet(slo_s=10.0, quiet_s=0.0)
+    for n in range(1, 700):
+        books.send(call(n, "talk", (n - 1,), now=float(n)), float(n))
+        books.ended(n, Done(1), float(n))
+    books.send(call(1000, "talk", program="next", now=2000.0), 2000.0)
+    assert 0 < len(books.router._followed) <= 256
+
+
 def test_two_tenants_may_call_their_workflows_alike():
     books = fleet(steps=STEPS, lengths=LENGTHS)
     books.send(replace(call(1, "link", slo_s=100.0), tenant="a"), 0.0)

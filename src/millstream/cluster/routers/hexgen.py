@@ -40,6 +40,8 @@ WORK = ("outstanding", "cumulative")
 DISPATCH = ("fit", "turns")
 # What is left of a deadline that has passed: budgets are above 0.
 LATE_S = 1e-6
+# Steps of one workflow that are learned from; a session may have thousands of calls.
+MOST_WAVES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,15 @@ class _Mean:
 @dataclass(slots=True)
 class _Workflow:
     """`waves`: steps so far, one for all calls that ran side by side; `parents` of the calls of the last one. `place`:
-    how far it has come in the template. `inside`: calls that have not ended; `since` when there were none left."""
+    how far it has come in the template. `last`: requests of the last wave. `inside`: calls that have not ended; `since`
+    when there were none left."""
 
     began: float
     deadline_s: float | None
     waves: list[str] = field(default_factory=list)
     parents: tuple[int, ...] | None = None
     place: int = -1
+    last: set[int] = field(default_factory=set)
     inside: int = 0
     since: float = 0.0
 
@@ -121,9 +125,9 @@ class Hexgen(Router):
         self._priced: dict[str, dict[int, float]] = {}  # step -> place -> t, until something of the step ends
         self._workflows: OrderedDict[tuple[str, str], _Workflow] = OrderedDict()
         self._quiet: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._followed: dict[tuple[str, int], tuple[_Mean, Counter[str]]] = {}
+        # By step, and how often it had been there before: workflows that had it, and all steps that followed it.
+        self._followed: dict[tuple[str, int], tuple[int, Counter[str]]] = {}
         self._outstanding: dict[int, Counter[str]] = {}  # place -> calls of each step
-        self._steps: dict[int, tuple[str, float, float]] = {}  # request -> its step, and lengths that were taken
         self._sent_s: dict[int, float] = {}  # place -> seconds of work that were ever sent
         self._next = 0
         self._chosen: tuple[int, int] | None = None  # request, place
@@ -191,14 +195,18 @@ class Hexgen(Router):
                 forgotten, _ = self._workflows.popitem(last=False)
                 self._quiet.pop(forgotten, None)
         self._quiet.pop(key, None)
+        if request.id in workflow.last:
+            return workflow  # it is sent again
         parents = None if request.program is None else request.program.parents
-        if workflow.parents is None or parents is None or parents != workflow.parents:
-            workflow.parents = parents
+        if not workflow.waves or parents is None or parents != workflow.parents:
             step = _step(request)
-            workflow.waves.append(step)
+            workflow.parents, workflow.last = parents, set()
+            if len(workflow.waves) < MOST_WAVES:
+                workflow.waves.append(step)
             ahead = [place for place, one in enumerate(self.config.steps) if one == step and place > workflow.place]
             # A step that is not ahead, such as one repair more, leaves it where it is.
             workflow.place = ahead[0] if ahead else workflow.place
+        workflow.last.add(request.id)
         return workflow
 
     def _later_s(self, workflow: _Workflow, members: Sequence[Member]) -> float:
@@ -209,8 +217,8 @@ class Hexgen(Router):
         found = self._followed.get(_position(workflow.waves, len(workflow.waves) - 1))
         if found is None:
             return 0.0
-        mean, counts = found
-        return sum(count / mean.count * self._mean_seconds(step, members) for step, count in counts.items())
+        times, counts = found
+        return sum(count / times * self._mean_seconds(step, members) for step, count in counts.items())
 
     def _settle(self, now: float) -> None:
         """Learns from workflows that have ended what comes after each of their steps."""
@@ -219,11 +227,11 @@ class Hexgen(Router):
             if now - self._workflows[key].since <= self.config.quiet_s:
                 return
             del self._quiet[key]
-            waves = self._workflows.pop(key).waves
-            for place in range(len(waves)):
-                mean, counts = self._followed.setdefault(_position(waves, place), (_Mean(0), Counter()))
-                mean.add()
-                counts.update(waves[place + 1 :])
+            waves, later = self._workflows.pop(key).waves, Counter[str]()
+            for place in range(len(waves) - 1, -1, -1):
+                times, counts = self._followed.get(_position(waves, place), (0, Counter[str]()))
+                self._followed[_position(waves, place)] = (times + 1, counts + later)
+                later[waves[place]] += 1
 
     # -- dispatch
 
