@@ -55,12 +55,13 @@ def replicas(result: Result, path: Path, buckets: int = 120) -> None:
     page, (upper, lower) = _page(path, 2, (6.4, 5.2), rows=True)
     edges: dict[str, list[tuple[float, int]]] = {"ready": [], "paid for": []}
     for span in log.spans:
-        end = log.end_s if span.ended_s is None else min(span.ended_s, log.end_s)
-        edges["paid for"] += [(span.started_s, 1), (end, -1)]
-        if span.ready_s is not None and span.ready_s < log.end_s:
-            edges["ready"] += [(span.ready_s, 1), (end if span.drained_s is None else span.drained_s, -1)]
+        for name, begin, end in (
+            ("paid for", span.started_s, span.ended_s),
+            ("ready", span.ready_s, span.drained_s or span.ended_s),
+        ):
+            edges[name] += [(at, way) for at, way in ((begin, 1), (end, -1)) if at is not None and at < log.end_s]
     for place, (name, changes) in enumerate(edges.items()):
-        times, counts = _steps(changes)
+        times, counts = _steps([*changes, (log.end_s, 0)])
         style = {"color": COLOURS[place], "linewidth": 1.6 if place == 0 else 1.0}
         upper.step(times, counts, where="post", label=name, **style)
     upper.set_ylabel("replicas")
@@ -74,7 +75,10 @@ def replicas(result: Result, path: Path, buckets: int = 120) -> None:
     lower.set_ylabel("requests a second")
     lower.set_xlabel("s")
     other = lower.twinx()
-    other.spines["top"].set_visible(False)
+    for axes in (lower, other):
+        for side, spine in axes.spines.items():
+            spine.set_visible(side != "top")
+            spine.set_color(INK)
     other.tick_params(colors=COLOURS[4])
     other.plot([look.at_s for look in log.looks], [look.waiting for look in log.looks], color=COLOURS[4], linewidth=1)
     other.set_ylabel("requests that wait", color=COLOURS[4])
