@@ -45,6 +45,7 @@ class _Stage:
     queue: deque[tuple[int, int]] = field(default_factory=deque)  # job, step
     starting: int = 0
     worked_s: float = 0.0
+    seen_s: float = 0.0  # of the work, at the last look
     arrived: int = 0
     ended: int = 0
 
@@ -138,7 +139,7 @@ class _Run:
             len(stage.queue),
             working,
             0.0,
-            working / stage.servers,
+            min(1.0, (stage.worked_s - stage.seen_s) / (stage.servers * rule.interval_s)),
             None,
             stage.starting,
             stage.arrived,
@@ -146,6 +147,7 @@ class _Run:
             rule.interval_s,
         )
         stage.arrived = stage.ended = 0
+        stage.seen_s = stage.worked_s
         wanted = max(1, min(most, rule.target(view, self.now)))
         for _ in range(wanted - view.size):
             stage.starting += 1

@@ -65,15 +65,15 @@ class Hpa(Autoscaler):
         if not ready:
             return fleet.size  # nobody tells a metric
         total = self._total(fleet)
-        ratio = total / ready / self._wished
-        if abs(ratio - 1) <= self.config.tolerance:
+        # Rounded so that a bound that is met exactly is not passed by a rounding error.
+        ratio = round(total / ready / self._wished, 9)
+        if round(abs(ratio - 1), 9) <= self.config.tolerance:
             return fleet.size
         if ratio > 1 and fleet.starting:
-            ratio = total / fleet.size / self._wished
-            if ratio <= 1 + self.config.tolerance:
+            ratio = round(total / fleet.size / self._wished, 9)
+            if round(ratio - 1, 9) <= self.config.tolerance:
                 return fleet.size
-        # Rounded so that a target that is met exactly is not passed by a rounding error.
-        return math.ceil(round(ratio * (fleet.size if ratio > 1 else ready), 9))
+        return math.ceil(round(ratio * (fleet.size if ratio > 1 else ready), 8))
 
     def _total(self, fleet: FleetView) -> float:
         if self.config.metric == "busy":

@@ -1,8 +1,8 @@
 """By what requests were promised: replicas enough that whoever comes now does not wait longer than wished.
 
 What comes and what a replica can do are learned from views. Where so much waits that the wish would be missed, so many
-are added that it is worked off within it; where fewer requests than `goal` got what they were promised, though nothing
-is on its way, one more.
+are added that it is worked off within it. Where fewer requests than `goal` got what they were promised, one more, and
+then no further one before `patience_s` is over: what ended before it came says nothing of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Config:
     """`ttft_s`: how long a first token may take. `goal`: the share of requests that shall get what they were promised.
 
     `use`: the share of what a replica can do that is planned with. `capacity`: requests that a replica can do in a
-    second (None: learned). `memory_s`: over how long the rate of arrivals is averaged.
+    second (None: learned). `memory_s`: over how long the rate of arrivals is averaged. `patience_s`: as long as the
+    window in which promises are counted.
     """
 
     ttft_s: float = 1.0
@@ -28,6 +29,7 @@ class Config:
     use: float = 0.8
     capacity: float | None = None
     memory_s: float = 30.0
+    patience_s: float = 60.0
     interval_s: float = 15.0
     down_window_s: float = 300.0
     up_period_s: float = 15.0
@@ -37,7 +39,7 @@ class Config:
     def __post_init__(self) -> None:
         if not (0 < self.goal <= 1 and 0 < self.use <= 1):
             raise ValueError(f"goal and use are above 0 and up to 1, got {self.goal} and {self.use}")
-        for name in ("ttft_s", "memory_s", "interval_s"):
+        for name in ("ttft_s", "memory_s", "patience_s", "interval_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is above 0, got {getattr(self, name)}")
         if self.capacity is not None and not self.capacity > 0:
@@ -54,6 +56,7 @@ class SloRule(Autoscaler):
         self._stabilizer = Stabilizer(config.behavior())
         self._capacity = Capacity(config.capacity)
         self._rate: float | None = None
+        self._grown_s = -math.inf
 
     def target(self, fleet: FleetView, now: float) -> int:
         self._capacity.see(fleet)
@@ -61,9 +64,12 @@ class SloRule(Autoscaler):
             seen = fleet.arrived / fleet.interval_s
             share = 1 - math.exp(-fleet.interval_s / self.config.memory_s)
             self._rate = seen if self._rate is None else self._rate + share * (seen - self._rate)
-        return self._stabilizer.settle(fleet.size, self._desired(fleet), now)
+        wanted = self._stabilizer.settle(fleet.size, self._desired(fleet, now), now)
+        if wanted > fleet.size or fleet.starting:
+            self._grown_s = now
+        return wanted
 
-    def _desired(self, fleet: FleetView) -> int:
+    def _desired(self, fleet: FleetView, now: float) -> int:
         config, one = self.config, self._capacity.rate
         wanted = fleet.size
         if one is not None and self._rate is not None and fleet.members:
@@ -74,7 +80,9 @@ class SloRule(Autoscaler):
         elif fleet.oldest_wait_s > config.ttft_s:
             wanted = fleet.size + 1
         missed = fleet.attainment is not None and fleet.attainment < config.goal
-        if missed and not fleet.starting:
+        if missed and fleet.starting:
+            wanted = max(wanted, fleet.size)
+        elif missed and now - self._grown_s >= config.patience_s:
             wanted = max(wanted, fleet.size + 1)
         return wanted
 
