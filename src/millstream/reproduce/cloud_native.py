@@ -67,7 +67,7 @@ START_S = 60.0
 
 
 class CloudNative(Experiment):
-    name = "cloud-native"
+    name, paper = "cloud-native", 29
     title = "Rules for the number of replicas, under a day of traffic, and live"
     arms = (
         Arm("static-peak", f"always {MOST} replicas, enough for the highest burst", ("autoscaler:static",)),
