@@ -163,6 +163,8 @@ class ClusterClient:
         self._gone_counters: Counter[str] = Counter()
         self._kept: deque[tuple[float, bool]] = deque()  # when requests with a target ended, and whether it was met
         self._busy_s = self._up_s = 0.0
+        self._arrived = self._finished = 0  # since the last view
+        self._viewed_at = time.monotonic()
         self._failures = 0
         self._again_at = 0.0
         self._checked_at = time.monotonic()
@@ -249,6 +251,9 @@ class ClusterClient:
         met = [kept for _, kept in self._kept]
         busy = self._busy_s / self._up_s if self._up_s else 0.0
         self._busy_s = self._up_s = 0.0
+        arrived, ended, interval_s = self._arrived, self._finished, now - self._viewed_at
+        self._arrived, self._finished, self._viewed_at = 0, 0, now
+        blocks = sum(load.total_blocks for load in loads)
         return FleetView(
             now=now,
             members=self.fleet.up,
@@ -258,6 +263,10 @@ class ClusterClient:
             busy=busy,
             attainment=sum(met) / len(met) if met else None,
             starting=sum(node.state is State.STARTING for node in nodes),
+            arrived=arrived,
+            ended=ended,
+            interval_s=interval_s,
+            kv=1 - sum(load.free_blocks for load in loads) / blocks if blocks else 0.0,
         )
 
     # -- EngineClient
@@ -415,6 +424,7 @@ class ClusterClient:
             raise BadRequest("prior", f"{len(request.prior)} outputs", "none: what is taken up is known here")
         sent = _Sent(Stream(request, self._facts, self._seeds, time.monotonic()))
         self._sent[request.id] = sent
+        self._arrived += 1
         self._empty.clear()
         sent.stream.watch_deadline(lambda: self._drop(sent))
         self._send(sent)
@@ -504,6 +514,7 @@ class ClusterClient:
     def _ended(self, sent: _Sent, done: _Tally, now: float) -> None:
         stream = sent.stream
         self.fleet.ended(stream.request.id, done.done(), now)
+        self._finished += done.whole
         if (met := _met(stream, now)) is not None and done.whole:
             self._kept.append((now, met))
 

@@ -668,6 +668,10 @@ def test_an_autoscaler_gets_what_it_asks_for_within_bounds():
         await asyncio.gather(*(read.task for read in [*reads, *more]))
         while len(cluster.members()) > 1:
             await asyncio.sleep(0.01)
+        while sum(view.ended for view in scaler.views) < 12:
+            await asyncio.sleep(0.01)
+        assert sum(view.arrived for view in scaler.views) == sum(view.ended for view in scaler.views) == 12
+        assert all(0 < view.interval_s < 5 and 0 <= view.kv <= 1 for view in scaler.views)
         assert all(read.finish() == [Finish.LENGTH] for read in [*reads, *more])
         assert cluster.migrations == 0 and cluster.lost == 0
         assert any(view.running for view in scaler.views) and any(view.busy > 0.5 for view in scaler.views)
