@@ -60,7 +60,7 @@ SHARES, OVERLOAD, TANDEM_JOBS = (0.75, 0.25), 1.25, 200
 TANDEM_TARGET = 0.7
 # Live: prompt and output, and phases in seconds with the load as a multiple of what one engine can do.
 LIVE_PROMPT, LIVE_OUTPUT = 160, 8
-PHASES, QUICK_PHASES = ((4.0, 0.4), (20.0, 1.3), (8.0, 0.3)), ((2.0, 0.4), (14.0, 1.3), (5.0, 0.3))
+PHASES, QUICK_PHASES = ((4.0, 0.4), (20.0, 1.3), (8.0, 0.3)), ((2.0, 0.4), (14.0, 1.3), (8.0, 0.3))
 LIVE_LOOK_S = 0.5
 LIVE_TARGET = 2.0
 LIVE_SLO = 5.0
@@ -595,7 +595,7 @@ class _Live:
 
         fleet = Fleet(registry.make("router", "least-work"))
         options = {"metric": "inside", "target": LIVE_TARGET, "interval_s": LIVE_LOOK_S}
-        rule = registry.make("autoscaler", Choice("hpa", {**options, "up_period_s": 1.0, "down_window_s": 2.0}))
+        rule = registry.make("autoscaler", Choice("hpa", {**options, "up_period_s": 1.0, "down_window_s": 5.0}))
         run = _Run(self, fleet, rule)
         try:
             return await run.run(phases, rate, slo_s, random.Random(self.ctx.seed + repeat))
@@ -616,6 +616,7 @@ class _Run:
         self.nodes: list[_Node] = []
         self.asked: list[_Asked] = []
         self.tasks: set[Any] = set()
+        self.starting = 0
 
     def now(self) -> float:
         return time.perf_counter() - self.begin
@@ -640,7 +641,9 @@ class _Run:
         scaling.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await scaling
-        await asyncio.wait_for(asyncio.gather(*self.tasks), START_S)
+        while left := [task for task in self.tasks if not task.done()]:
+            await asyncio.wait(left, timeout=START_S)
+        await asyncio.gather(*self.tasks)
         second = next((node for node in self.nodes[1:] if node.ready_s is not None), None)
         ready_s = ends[1] if second is None or second.ready_s is None else second.ready_s
         waits = {
@@ -688,7 +691,6 @@ class _Run:
             now = self.now()
             inside = [one for one in self.asked if not one.whole]
             waits = [one.at_s for one in inside if one.first_s is None]
-            starting = sum(node.ready_s is None for node in self.nodes)
             view = FleetView(
                 now,
                 self.fleet.up,
@@ -697,12 +699,12 @@ class _Run:
                 now - min(waits, default=now),
                 0.0,
                 None,
-                starting,
+                self.starting,
             )
             wanted = max(1, min(2, self.rule.target(view, now)))
-            if wanted > view.size:
+            if wanted > view.size and not self.starting:
                 self._background(self._start())
-            elif wanted < view.size and not starting:
+            elif wanted < view.size and not self.starting:
                 # The one that was there first: it has the most to drain.
                 member = self.fleet.up[0]
                 node = self.nodes[member.place]
@@ -711,6 +713,7 @@ class _Run:
                     self._background(self._leave(node))
 
     async def _start(self) -> None:
+        self.starting += 1
         member = self.fleet.add(f"engine {len(self.nodes)}", up=False)
         ordered_s = self.now()
         node = await self.live._spawn()
@@ -721,6 +724,7 @@ class _Run:
         await self.live._ask(node.client, _Asked(0.0, 0), self.begin, -1)
         node.ready_s = self.now()
         member.up = True
+        self.starting -= 1
 
     async def _leave(self, node: _Node) -> None:
         self.fleet.leave(node.place)
