@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             raise BadRequest("slo", "none", "workflow:SECONDS or another limit, which --tune judges by")
         with output.json_only(args.json):
             return _tune(scenario, slo, args)
-    prepared = Prepared(scenario)
+    prepared = Prepared(scenario, Slo(slo.get("ttft"), slo.get("tpot"), None, slo.get("e2el")))
     with output.json_only(args.json):
         if args.find_capacity:
             return _capacity(prepared, slo, args)
@@ -161,8 +161,7 @@ def run(args: argparse.Namespace) -> int:
             return _compare(prepared, slo, args)
         calls = prepared.calls()
         with output.progress_bar(len(calls)) as step:
-            promise = Slo(slo.get("ttft"), slo.get("tpot"), None, slo.get("e2el"))
-            result = prepared.run(calls=calls, keep_steps=bool(args.chrome), progress=step, promise=promise)
+            result = prepared.run(calls=calls, keep_steps=bool(args.chrome), progress=step)
         found = report.found_of(result, METRICS, percentiles, slo)
         rows = report.tenants(result, slo)
         if args.chrome:

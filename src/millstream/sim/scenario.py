@@ -165,10 +165,13 @@ class Scenario:
 
 
 class Prepared:
-    """A scenario whose data is read, to be run at any rate. Raises what reading traces and profiles raises."""
+    """A scenario whose data is read, to be run at any rate. Raises what reading traces and profiles raises.
 
-    def __init__(self, scenario: Scenario) -> None:
-        self.scenario = scenario
+    `promise` is what an autoscaler takes requests without wishes of their own to be promised.
+    """
+
+    def __init__(self, scenario: Scenario, promise: Slo | None = None) -> None:
+        self.scenario, self.promise = scenario, promise
         counts = scenario.replicas * (len(scenario.profiles) if len(scenario.replicas) == 1 else 1)
         self.kinds: list[tuple[Profile, int]] = []
         for name, count in zip(scenario.profiles, counts, strict=True):
@@ -228,10 +231,9 @@ class Prepared:
         keep_steps: bool = False,
         progress: Callable[[], None] | None = None,
         scenario: Scenario | None = None,
-        promise: Slo | None = None,
     ) -> Result:
         """`counts` are numbers of replicas in the place of the scenario's. Another `scenario` may differ from it in
-        what is no part of traffic and replicas. `promise` is what an autoscaler takes requests to be promised."""
+        what is no part of traffic and replicas."""
         scenario = scenario or self.scenario
         setting = EngineSetting(
             scenario.policies,
@@ -264,6 +266,6 @@ class Prepared:
             cold_start_s=scenario.cold_start_s,
             min_replicas=scenario.min_replicas if scenario.autoscaler is not None else 1,
             max_replicas=scenario.max_replicas if scenario.autoscaler is not None else None,
-            promise=promise,
+            promise=self.promise,
         )
         return simulation.run()
