@@ -60,10 +60,10 @@ SHARES, OVERLOAD, TANDEM_JOBS = (0.75, 0.25), 1.25, 200
 TANDEM_TARGET = 0.7
 # Live: prompt and output, and phases in seconds with the load as a multiple of what one engine can do.
 LIVE_PROMPT, LIVE_OUTPUT = 160, 8
-PHASES, QUICK_PHASES = ((4.0, 0.4), (20.0, 1.3), (8.0, 0.3)), ((2.0, 0.4), (14.0, 1.3), (8.0, 0.3))
+PHASES, QUICK_PHASES = ((4.0, 0.25), (18.0, 1.5), (8.0, 0.2)), ((2.0, 0.25), (12.0, 1.5), (8.0, 0.2))
 LIVE_LOOK_S = 0.5
-LIVE_TARGET = 2.0
-LIVE_SLO = 5.0
+LIVE_TARGET = 1.5
+LIVE_SLO = 6.0
 START_S = 60.0
 
 
@@ -523,7 +523,7 @@ class _Live:
         for _ in range(self.ctx.size(3, 1)):
             begin = time.perf_counter()
             node = await self._spawn()
-            await asyncio.wait_for(node.client.facts(), START_S)
+            await self._loaded(node)
             await self._ask(node.client, _Asked(0.0, 0), begin, 7)
             taken.append(time.perf_counter() - begin)
             if len(taken) < self.ctx.size(3, 1):
@@ -544,7 +544,7 @@ class _Live:
 
         self.serial += 1
         folder = self.ctx.scratch / f"e{self.serial}"
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         config = folder / "engine.json"
         engine = {
             "model": {"weights": "blocks"},
@@ -565,6 +565,19 @@ class _Live:
         node = _Node(process, client)
         self.nodes.append(node)
         return node
+
+    @staticmethod
+    async def _loaded(node: _Node) -> None:
+        """Waits until the model is loaded. Raises EngineClosed where that will never be."""
+        from millstream.core.errors import EngineClosed
+
+        loading = asyncio.ensure_future(node.client.facts())
+        until = time.perf_counter() + START_S
+        while not (await asyncio.wait((loading,), timeout=0.1))[0]:
+            if node.process.poll() is not None or time.perf_counter() > until:
+                loading.cancel()
+                raise EngineClosed(f"the engine's process did not load its model: exit code {node.process.poll()}")
+        await loading
 
     async def _end(self, node: _Node) -> None:
         node.gone = True
@@ -719,7 +732,7 @@ class _Run:
         node = await self.live._spawn()
         node.place, node.ordered_s = member.place, ordered_s
         self.nodes.append(node)
-        await asyncio.wait_for(node.client.facts(), START_S)
+        await self.live._loaded(node)
         # It has warmed up by its first token, and only then counts as ready.
         await self.live._ask(node.client, _Asked(0.0, 0), self.begin, -1)
         node.ready_s = self.now()
