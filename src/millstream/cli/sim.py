@@ -77,6 +77,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--find-capacity", action="store_true", help="the largest rate that keeps --slo, at 90 and 99 %%"
     )
     parser.add_argument(
+        "--find-step-time",
+        action="store_true",
+        help="the longest steps (meter latency-budget) with which 99 %% of the online requests keep --slo",
+    )
+    parser.add_argument(
         "--compare", action="append", metavar="A[,B]", help="a row of numbers for these policies; may be repeated"
     )
     parser.add_argument("--percentiles", default="99", metavar="P,Q", help="of the table (default 99)")
@@ -144,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
         percentiles = [float(one) for one in args.percentiles.split(",")]
     except ValueError:
         raise ConfigError(f"--percentiles {args.percentiles}: numbers from 0 to 100, such as 50,90,99") from None
+    if args.find_step_time and not slo:
+        raise BadRequest("slo", "none", "tpot:SECONDS or another limit, which --find-step-time searches for")
     if args.find_capacity and not slo:
         raise BadRequest("slo", "none", "ttft:SECONDS or another limit, which --find-capacity searches for")
     if args.tune:
@@ -155,6 +162,8 @@ def run(args: argparse.Namespace) -> int:
     with output.json_only(args.json):
         if args.find_capacity:
             return _capacity(prepared, slo, args)
+        if args.find_step_time:
+            return _step_time(prepared, slo, args)
         if args.rates:
             return _rates(prepared, slo, args)
         if args.compare:
@@ -351,6 +360,40 @@ def _capacity(prepared: Any, slo: dict[str, float], args: argparse.Namespace) ->
     for share, rate in found.items():
         said = f"{rate:.2f} requests/s" if rate else "no rate that was tried"
         print(f"{100 * share:.0f} % of requests within {args.slo}: {said}")
+    return 0
+
+
+def _step_time(prepared: Any, slo: dict[str, float], args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from millstream.core.registry import Choice
+    from millstream.sim import report
+
+    scenario, calls = prepared.scenario, prepared.calls()
+    profile = prepared.kinds[0][0]
+    meters = scenario.meters or (
+        Choice("splitfuse", {"budget": profile.step_tokens}),
+        Choice("seats", {"max_rows": profile.max_rows}),
+        Choice("kv-blocks"),
+    )
+    given = next((one.options for one in meters if one.name == "latency-budget"), {})
+    others = [one for one in meters if one.name != "latency-budget"]
+
+    def simulate(step_s: float) -> Any:
+        budget = Choice("latency-budget", {**given, "step_s": step_s})
+        tried = replace(scenario, meters=(others[0], budget, *others[1:]))
+        with output.progress_bar(len(calls), f"{1000 * step_s:.1f} ms") as step:
+            result = prepared.run(calls=calls, progress=step, scenario=tried)
+        # Offline work has no limits to keep.
+        offline = int(given.get("offline_from", 1))
+        return replace(result, served=[one for one in result.served if one.call.priority < offline])
+
+    found = report.capacity(simulate, slo, 0.99, 0.05)
+    if args.json:
+        output.emit({"slo": slo, "step_s": found})
+        return 0
+    said = f"steps of {1000 * found:.1f} ms at most" if found else "no step time that was tried"
+    print(f"99 % of online requests within {args.slo}: {said} (meter latency-budget, step_s)")
     return 0
 
 

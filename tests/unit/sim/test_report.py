@@ -95,6 +95,13 @@ def test_the_command(own, capsys, tmp_path) -> None:
     assert len(capsys.readouterr().out.strip().splitlines()) >= 3
     assert main(["sim", *own, "--find-capacity", "--slo", "ttft:0.5"]) == 0
     assert "99 % of requests within ttft:0.5" in capsys.readouterr().out
+    assert main(["sim", *own, "--find-step-time", "--slo", "tpot:0.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step_s"] > 0
+    stacks = ["--compare", "fcfs", "--compare", "vtc,fcfs", "--compare", "srpt"]
+    assert main(["sim", *own, *stacks, "--slo", "ttft:0.5", "--plot", str(tmp_path / "all.svg"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["policy"] for row in rows] == ["fcfs", "vtc,fcfs", "srpt"] and (tmp_path / "all.svg").is_file()
+    assert all(0 < row["token_mean_s"] <= row["token_p99_s"] and 0 <= row["within"] <= 1 for row in rows)
     assert main(["sim", "--list"]) == 0
     assert "azure-code" in capsys.readouterr().out
 
@@ -128,6 +135,7 @@ def test_a_plan(own, capsys) -> None:
         (["--policy", "fcsf"], "fcfs"),
         (["--router", "round"], "round-robin"),
         (["--find-capacity"], "slo"),
+        (["--find-step-time"], "slo"),
         (["--replicas", "x"], "--replicas"),
         (["--rates", "1,x"], "--rates"),
         (["--preemption", "drop"], "recompute"),
