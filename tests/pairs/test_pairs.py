@@ -18,10 +18,12 @@ from millstream.core.clock import WallClock
 from millstream.core.errors import ConfigError
 from millstream.core.plan import SampleAsk
 from millstream.core.registry import Choice
-from millstream.core.request import Limits, Request, SamplingParams, Tokens
+from millstream.core.request import Hints, Limits, Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish
+from millstream.core.shape import StepShape
 from millstream.engine.engine import Engine
 from millstream.memory.ledger import Ledger
+from millstream.sched.protocol import StepCost
 from millstream.sched.scheduler import Scheduler
 
 BLOCK = 16
@@ -32,6 +34,12 @@ COMPOSITIONS = {
     "splitfuse-3": (Choice("splitfuse", {"budget": 3}), "kv-blocks"),
     "splitfuse-40": (Choice("splitfuse", {"budget": 40}), "seats", "kv-blocks"),
     "two-seats": (Choice("splitfuse", {"budget": 64}), Choice("seats", {"max_rows": 2}), "kv-blocks"),
+    "latency-budget": (
+        Choice("splitfuse", {"budget": 64}),
+        Choice("latency-budget", {"step_s": 0.2, "offline_from": 0}),
+        "seats",
+        "kv-blocks",
+    ),
     "orca": (Choice("orca", {"max_tokens": 64}), "seats", "kv-blocks"),
     "prefill-first": (Choice("prefill-first", {"max_tokens": 64}), "seats", "kv-blocks"),
 }
@@ -46,6 +54,13 @@ DECODES = {
     "bias": ({"temperature": 0.0, "logit_bias": {4: 9.0, 5: -100.0}, "stop_token_ids": (8,), "min_tokens": 3}, None),
     "beam": ({"temperature": 0.0}, Choice("beam", {"width": 3})),
 }
+
+
+class Paced(StepCost):
+    """Steps take a tenth of a second, and a hundredth for each token."""
+
+    def seconds(self, shape: StepShape) -> float:
+        return 0.1 + 0.01 * shape.tokens if shape.tokens else 0.0
 
 
 @functools.cache
@@ -163,6 +178,7 @@ def engine_of(case: Case):
         [registry.make("policy", name) for name in dict.fromkeys((case["policy"], "fcfs"))],
         [registry.make("meter", meter, ledger=ledger) for meter in COMPOSITIONS[case["composition"]]],
         case["preemption"],
+        cost=Paced(),
     )
     return Engine(scheduler, runner, WallClock(), Limits(tiny_model.VOCAB, 256, num_blocks * BLOCK), seed=1), ledger
 
@@ -199,7 +215,11 @@ def test_choices_that_lose_nothing_give_the_naive_generators_tokens(case):
     for turn in range(2):
         for place, prompt in enumerate(PROMPTS):
             params = SamplingParams(max_tokens=num_tokens(place), **given)
-            engine.submit(Request(10 * turn + place, (Tokens(tuple(prompt)),), params, decode=method), sink)
+            # What policies of oracle arms read.
+            hints = Hints(oracle=num_tokens(place))
+            engine.submit(
+                Request(10 * turn + place, (Tokens(tuple(prompt)),), params, decode=method, hints=hints), sink
+            )
             if place % 2:
                 engine.step()
         for _ in range(3000):
