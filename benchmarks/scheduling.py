@@ -20,6 +20,7 @@ from millstream.core import registry
 from millstream.core.registry import Choice
 from millstream.core.request import Hints, Request, SamplingParams, Slo, Tokens
 from millstream.sched import profiles
+from millstream.sched.meters import usual
 from millstream.sim import programs, traces, workload
 from millstream.sim.compare import Row, compare
 from millstream.sim.published import PUBLISHED
@@ -106,9 +107,8 @@ def overhead(steps: int = 60) -> dict[str, float]:
     profile = profiles.load(PROFILE, PUBLISHED).sized(blocks=8000, max_rows=RUNNING)
     engines = {}
     for label, policies in STACKS.items():
-        meters = (Choice("splitfuse", {"budget": 512}), Choice("seats", {"max_rows": RUNNING}), Choice("kv-blocks"))
         # Prefixes are what some of them look up; so they are there.
-        setting = EngineSetting(policies, meters)
+        setting = EngineSetting(policies, usual(512, RUNNING))
         replica = build(label, profile, setting, VirtualClock(), 0)
         for number in range(WAITING + RUNNING):
             prompt = (*range(number % 8 << 20, (number % 8 << 20) + 200), number + (1 << 30))

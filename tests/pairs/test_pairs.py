@@ -10,6 +10,7 @@ import beam_oracle
 import pytest
 import torch
 from covering import Case, cover, pairs_of
+from harness import Paced
 
 import oracle
 import tiny_model
@@ -20,10 +21,8 @@ from millstream.core.plan import SampleAsk
 from millstream.core.registry import Choice
 from millstream.core.request import Hints, Limits, Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish
-from millstream.core.shape import StepShape
 from millstream.engine.engine import Engine
 from millstream.memory.ledger import Ledger
-from millstream.sched.protocol import StepCost
 from millstream.sched.scheduler import Scheduler
 
 BLOCK = 16
@@ -54,13 +53,6 @@ DECODES = {
     "bias": ({"temperature": 0.0, "logit_bias": {4: 9.0, 5: -100.0}, "stop_token_ids": (8,), "min_tokens": 3}, None),
     "beam": ({"temperature": 0.0}, Choice("beam", {"width": 3})),
 }
-
-
-class Paced(StepCost):
-    """Steps take a tenth of a second, and a hundredth for each token."""
-
-    def seconds(self, shape: StepShape) -> float:
-        return 0.1 + 0.01 * shape.tokens if shape.tokens else 0.0
 
 
 @functools.cache

@@ -367,15 +367,12 @@ def _step_time(prepared: Any, slo: dict[str, float], args: argparse.Namespace) -
     from dataclasses import replace
 
     from millstream.core.registry import Choice
+    from millstream.sched.meters import usual
     from millstream.sim import report
 
     scenario, calls = prepared.scenario, prepared.calls()
     profile = prepared.kinds[0][0]
-    meters = scenario.meters or (
-        Choice("splitfuse", {"budget": profile.step_tokens}),
-        Choice("seats", {"max_rows": profile.max_rows}),
-        Choice("kv-blocks"),
-    )
+    meters = scenario.meters or usual(profile.step_tokens, profile.max_rows)
     given = next((one.options for one in meters if one.name == "latency-budget"), {})
     others = [one for one in meters if one.name != "latency-budget"]
 
@@ -388,7 +385,7 @@ def _step_time(prepared: Any, slo: dict[str, float], args: argparse.Namespace) -
         offline = int(given.get("offline_from", 1))
         return replace(result, served=[one for one in result.served if one.call.priority < offline])
 
-    found = report.capacity(simulate, slo, 0.99, 0.05)
+    found = report.largest(lambda step_s: report.attainment(simulate(step_s), slo) >= 0.99, 0.05)
     if args.json:
         output.emit({"slo": slo, "step_s": found})
         return 0

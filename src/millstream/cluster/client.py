@@ -898,11 +898,9 @@ def _unlike(one: ModelFacts, other: ModelFacts) -> str | None:
 
 def _met(stream: Stream, now: float) -> bool | None:
     """Whether a request got what it was promised; None where that was nothing."""
-    slo, tokens = stream.request.slo, max(len(output.tokens) for output in stream.outputs)
+    tokens = max(len(output.tokens) for output in stream.outputs)
     pace_s = None if tokens < 2 or stream.first_s is None else (stream.last_s - stream.first_s) / (tokens - 1)
-    pairs = ((slo.ttft_s, stream.first_s), (slo.tpot_s, pace_s), (slo.e2e_s, now - stream.arrived))
-    asked = [(target, got) for target, got in pairs if target is not None]
-    return all(got is None or got <= target for target, got in asked) if asked else None
+    return stream.request.slo.met(stream.first_s, pace_s, now - stream.arrived)
 
 
 def _summed(answers: Sequence[Any]) -> Any:

@@ -239,6 +239,15 @@ class Slo:
             if (seconds := getattr(self, name)) is not None:
                 _number(name, seconds, 0.0, MAX_SECONDS, above=True)
 
+    def met(self, ttft_s: float | None, tpot_s: float | None, e2e_s: float) -> bool | None:
+        """Whether what came keeps all that was wished for; None where nothing was.
+
+        What there was none of (the pace of a single token) breaks no wish.
+        """
+        pairs = ((self.ttft_s, ttft_s), (self.tpot_s, tpot_s), (self.e2e_s, e2e_s))
+        wished = [(most, got) for most, got in pairs if most is not None]
+        return all(got is None or got <= most for most, got in wished) if wished else None
+
 
 @dataclass(frozen=True, slots=True)
 class Program:

@@ -13,6 +13,7 @@ from millstream.core.errors import ConfigError
 from millstream.core.registry import Choice
 from millstream.models.encoder_spec import AnySpec, EncoderSpec
 from millstream.models.spec import ModelSpec
+from millstream.sched.meters import usual
 
 # Where nothing was measured on this machine: a few times the point where compute overtakes reading the weights.
 DEFAULT_STEP_TOKENS = 256
@@ -158,11 +159,7 @@ def resolve(
 
     meters = sched.meters
     if meters == "auto":
-        meters = (
-            Choice("splitfuse", {"budget": step_tokens}),
-            Choice("seats", {"max_rows": max_rows}),
-            Choice("kv-blocks"),
-        )
+        meters = usual(step_tokens, max_rows)
         notes.append(_metered(meters))
     return Resolved(
         config,

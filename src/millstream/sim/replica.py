@@ -15,6 +15,7 @@ from millstream.core.request import Limits
 from millstream.core.shape import StepShape
 from millstream.engine.engine import Engine
 from millstream.memory.ledger import Ledger
+from millstream.sched.meters import usual
 from millstream.sched.profiles import Profile
 from millstream.sched.scheduler import Scheduler
 from millstream.sim.sim_runner import STOP, VOCAB, SimRunner
@@ -88,11 +89,7 @@ def build(
         {GROUP: setting.host_blocks},
         ("sim", profile.model),
     )
-    meters = setting.meters or (
-        Choice("splitfuse", {"budget": profile.step_tokens}),
-        Choice("seats", {"max_rows": profile.max_rows}),
-        Choice("kv-blocks"),
-    )
+    meters = setting.meters or usual(profile.step_tokens, profile.max_rows)
     scheduler = Scheduler(
         ledger,
         [registry.make("policy", choice) for choice in setting.policies],

@@ -240,26 +240,32 @@ def chrome_trace(result: Result) -> dict[str, Any]:
 def capacity(
     run: Callable[[float], Result], slo: Mapping[str, float], share: float, low: float, tolerance: float = 0.03
 ) -> float:
-    """The largest rate (requests a second) at which `share` of the calls keep the limits, within `tolerance` of it.
+    """The largest rate (requests a second) at which `share` of the calls keep the limits. `run` simulates a rate; the
+    others are those of `largest`."""
+    return largest(lambda rate: attainment(run(rate), slo) >= share, low, tolerance)
 
-    `run` simulates a rate; `low` is where the search begins. 0 where not even a hundredth of `low` will do.
+
+def largest(keeps: Callable[[float], bool], low: float, tolerance: float = 0.03) -> float:
+    """The largest value that keeps a limit which smaller ones keep too, within `tolerance` of it.
+
+    `low` is where the search begins. 0 where not even a hundredth of `low` will do.
     """
     first = low
-    if attainment(run(low), slo) >= share:
+    if keeps(low):
         high = 2 * low
-        while attainment(run(high), slo) >= share:
+        while keeps(high):
             low, high = high, 2 * high
             if high > first * 2**20:
                 return low
     else:
         high, low = low, low / 2
-        while attainment(run(low), slo) < share:
+        while not keeps(low):
             high, low = low, low / 2
             if low < first / 100:
                 return 0.0
     while high / low > 1 + tolerance:
         middle = math.sqrt(low * high)
-        if attainment(run(middle), slo) >= share:
+        if keeps(middle):
             low = middle
         else:
             high = middle

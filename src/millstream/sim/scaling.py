@@ -255,15 +255,12 @@ class Scaler:
 
     def _met(self, served: Served) -> bool | None:
         """Whether a call got what it was promised; None where that was nothing."""
-        slo = served.call.slo or self.setting.promise
-        if slo.ttft_s is None and slo.tpot_s is None and slo.e2e_s is None:
-            return None
         times, arrival_s = served.times_s, served.arrival_s
-        if not times or served.finish not in ("stop", "length"):
-            return False
-        pace_s = (times[-1] - times[0]) / max(1, len(times) - 1)
-        got = ((slo.ttft_s, times[0] - arrival_s), (slo.tpot_s, pace_s), (slo.e2e_s, times[-1] - arrival_s))
-        return all(wished is None or seconds <= wished for wished, seconds in got)
+        whole = bool(times) and served.finish in ("stop", "length")
+        pace_s = (times[-1] - times[0]) / max(1, len(times) - 1) if times else None
+        ends_s = times[-1] - arrival_s if times else 0.0
+        met = (served.call.slo or self.setting.promise).met(times[0] - arrival_s if times else None, pace_s, ends_s)
+        return None if met is None else met and whole
 
     # -- what it takes
 
