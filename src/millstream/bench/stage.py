@@ -18,14 +18,14 @@ from typing import Any
 from millstream.core.client import Chunk
 from millstream.core.events import Event, Preempted, Stepped
 from millstream.core.registry import Choice
-from millstream.core.request import Program, Request, SamplingParams, Slo, Tokens
+from millstream.core.request import Request, SamplingParams, Slo, Tokens
 from millstream.decode.protocol import Halt, Observer
 from millstream.sched.profiles import Profile
 from millstream.sched.protocol import Policy, StepCost
 from millstream.sched.stack import PolicyStack
 from millstream.sim.replica import EngineSetting
 from millstream.sim.simulate import Result, Served, Simulation
-from millstream.sim.workload import Call
+from millstream.sim.workload import Call, Releases
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,39 +89,23 @@ class Stage:
         self.name = model
         self.model = assemble(model, self.base, tune=True)
         self.profile: Profile | None = None
-        self.error = self.noise = 0.0
+        self.error = 0.0
 
     def calibrate(self, seed: int = 0, repeats: int = 3, thin: int = 1) -> Profile:
         """Measures steps anew, of `thin` compositions one; some 20 seconds for all."""
         from millstream.engine import calibrate
 
-        runner, resolved = self.model.engine.runner, self.model.resolved
-        capacity = runner.capacity()
-        room = min(capacity.blocks.values()) * capacity.block_size
-        compositions = calibrate.grid(room, resolved.max_context, capacity.block_size)[::thin]
-        steps = calibrate.Steps(runner, self.model.spec, resolved.config.decode.name, seed)
-        measured = calibrate.measure(steps, compositions, repeats, seed, None)
-        host_s = calibrate.host_part(self.model.engine, 32, self.model.spec.vocab_size, seed)
-        found = calibrate.learn(measured, host_s)
-        self.error, self.noise = found.errors[found.best], found.noise
-        self.profile = Profile(
-            "here",
-            self.name,
-            "this machine",
-            "measured",
-            found.best,
-            found.cost.state(),
-            blocks=min(resolved.blocks.values()),
-            block_size=resolved.block_size,
-            step_tokens=self.step_tokens,
-            max_context=resolved.max_context,
-        )
+        compositions = calibrate.grid_of(self.model)[::thin]
+        found = calibrate.calibrate(self.model, compositions, repeats, seed)
+        self.error = found.errors[found.best]
+        self.profile = calibrate.profile_of(self.model, found)
         return self.profile
 
     @property
     def step_tokens(self) -> int:
-        options = {choice.name: choice.options for choice in self.model.resolved.meters}
-        return int(options.get("splitfuse", {}).get("budget", 256))
+        from millstream.engine import calibrate
+
+        return calibrate.sizes_of(self.model.resolved.meters)[0]
 
     def ids(self, call: Call) -> tuple[int, ...]:
         """A prompt in tokens of the model."""
@@ -201,21 +185,15 @@ class _Player:
         self.engine, self.calls, self.ids, self.most, self.deadline_s = engine, calls, ids, most, deadline_s
         self.served: dict[int, Served] = {}
         self.tokens: dict[int, list[int]] = {}
-        self.followers: dict[int, list[Call]] = {}
-        self.awaited: dict[int, set[int]] = {}
+        self.releases = Releases(calls)
         self.due: list[tuple[float, int, Call]] = []
         self.serials = itertools.count()
         self.steps = self.preemptions = 0
         self.planning_s = 0.0
         # Prompts are made ahead: it is no part of what is measured.
         self.prompts: Mapping[int, tuple[int, ...]] = {call.id: ids(call) for call in calls}
-        for call in calls:
-            if not call.after:
-                self._at(call.at_s, call)
-                continue
-            self.awaited[call.id] = set(call.after)
-            for before in self.awaited[call.id]:
-                self.followers.setdefault(before, []).append(call)
+        for call in self.releases.first:
+            self._at(call.at_s, call)
 
     def _at(self, when: float, call: Call) -> None:
         heapq.heappush(self.due, (when, next(self.serials), call))
@@ -248,13 +226,12 @@ class _Player:
     def _submit(self, call: Call, now: float) -> None:
         self.served[call.id] = Served(call, now)
         self.tokens[call.id] = []
-        program = Program(call.session, call.id, call.thread, call.stage, call.after) if call.session else None
         request = Request(
             call.id,
             (Tokens(self.prompts[call.id]),),
             SamplingParams(max_tokens=max(self.most, call.num_output + 1), temperature=0.0, ignore_eos=True),
             tenant=call.tenant,
-            program=program,
+            program=call.program,
             slo=call.slo or Slo(),
             priority=call.priority,
             hints=call.hints,
@@ -270,11 +247,8 @@ class _Player:
         if chunk.finish is None:
             return
         served.ended_s, served.finish, served.error = now, chunk.finish.value, chunk.error or ""
-        for follower in self.followers.pop(chunk.request_id, ()):
-            awaited = self.awaited[follower.id]
-            awaited.discard(chunk.request_id)
-            if not awaited:
-                self._at(now + follower.think_s, follower)
+        for follower in self.releases.ended(chunk.request_id):
+            self._at(now + follower.think_s, follower)
 
     def _hear(self, event: Event) -> None:
         if type(event) is Stepped:

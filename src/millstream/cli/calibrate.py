@@ -6,6 +6,7 @@ import argparse
 import datetime
 import re
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from millstream.cli import output
@@ -36,32 +37,20 @@ def run(args: argparse.Namespace) -> int:
         engine, resolved = made.engine, made.resolved
         capacity = engine.runner.capacity()
         blocks = min(capacity.blocks.values())
-        compositions = calibrate.grid(blocks * capacity.block_size, resolved.max_context, capacity.block_size)
-        steps = calibrate.Steps(engine.runner, made.spec, resolved.config.decode.name)
+        compositions = calibrate.grid_of(made)
         started = time.perf_counter()
         with output.progress_bar(len(compositions) * (args.repeats + 1), "steps") as advance:
-            measured = calibrate.measure(steps, compositions, args.repeats, 0, advance)
-        host_s = calibrate.host_part(engine, 48, made.spec.vocab_size, 0)
-        found = calibrate.learn(measured, host_s)
-        meters = {choice.name: choice.options for choice in resolved.meters}
+            found = calibrate.calibrate(made, compositions, args.repeats, requests=48, advance=advance)
+        measured, host_s = found.measured, found.host_s
         token_bytes = made.built.kv_bytes // max(1, blocks * capacity.block_size)
         processor = describe().cpu
         name = args.name or _name(f"{made.spec.name}-{resolved.config.model.weights}-{processor}")
-        profile = profiles.Profile(
+        profile = replace(
+            calibrate.profile_of(made, found),
             name=name,
-            model=made.spec.name,
             hardware=f"{processor}, {resolved.threads} threads",
             source="measured here by millstream calibrate",
-            cost=found.best,
-            state=found.cost.state(),
-            blocks=blocks,
-            block_size=capacity.block_size,
-            step_tokens=int(meters.get("splitfuse", {}).get("budget", 256)),
-            max_rows=int(meters.get("seats", {}).get("max_rows", 256)),
-            max_context=resolved.max_context,
             token_bytes=int(token_bytes),
-            error=found.errors[found.best],
-            noise=found.noise,
             price=args.price,
             date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
             details={

@@ -21,9 +21,11 @@ from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest, RequestFault, Told
 from millstream.core.events import Stepped
 from millstream.core.plan import Extend, Holding, SampleAsk, StepPlan
+from millstream.core.registry import Choice
 from millstream.core.request import Request, SamplingParams, Tokens
 from millstream.core.shape import StepShape, shape_of
 from millstream.sched.fitting import mean_error
+from millstream.sched.profiles import Profile
 from millstream.sched.protocol import StepCost
 
 PREFILLS = (2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -233,3 +235,57 @@ def learn(measured: Sequence[Measured], host_s: tuple[float, float]) -> Calibrat
     whole.fit(samples)
     noise = statistics.fmean(one.spread for one in measured)
     return Calibration(tuple(measured), errors, fit_errors, noise, host_s, best, whole)
+
+
+# -- of an engine that is assembled
+
+
+def grid_of(made: Any) -> list[Composition]:
+    """The compositions that its KV cache and context have room for. Raises BadRequest for too few."""
+    capacity = made.engine.runner.capacity()
+    room = min(capacity.blocks.values()) * capacity.block_size
+    return grid(room, made.resolved.max_context, capacity.block_size)
+
+
+def calibrate(
+    made: Any,
+    compositions: Sequence[Composition],
+    repeats: int,
+    seed: int = 0,
+    requests: int = 32,
+    advance: Callable[[], None] | None = None,
+) -> Calibration:
+    """Measures compositions on an engine's runner, and what its host adds under `requests`; learns from both.
+
+    Raises BadRequest and RequestFault.
+    """
+    steps = Steps(made.engine.runner, made.spec, made.resolved.config.decode.name, seed)
+    measured = measure(steps, compositions, repeats, seed, advance)
+    return learn(measured, host_part(made.engine, requests, made.spec.vocab_size, seed))
+
+
+def sizes_of(meters: Sequence[Choice]) -> tuple[int, int]:
+    """Tokens of a step and rows at once, as meters have them."""
+    options = {choice.name: choice.options for choice in meters}
+    return int(options.get("splitfuse", {}).get("budget", 256)), int(options.get("seats", {}).get("max_rows", 256))
+
+
+def profile_of(made: Any, found: Calibration) -> Profile:
+    """What was learned of an engine, for the simulator; to be kept it wants a name and where it comes from."""
+    resolved = made.resolved
+    step_tokens, max_rows = sizes_of(resolved.meters)
+    return Profile(
+        name="here",
+        model=made.spec.name,
+        hardware="this machine",
+        source="measured",
+        cost=found.best,
+        state=found.cost.state(),
+        blocks=min(resolved.blocks.values()),
+        block_size=resolved.block_size,
+        step_tokens=step_tokens,
+        max_rows=max_rows,
+        max_context=resolved.max_context,
+        error=found.errors[found.best],
+        noise=found.noise,
+    )

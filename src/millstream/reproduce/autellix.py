@@ -209,14 +209,11 @@ class Autellix(Experiment):
     def _simulate(
         self, calls: Sequence[Any], policy: Choice, engines: int = 1, router: Any = None, oracle: Any = False
     ) -> Any:
+        from millstream.sched.meters import usual
         from millstream.sim.replica import EngineSetting
         from millstream.sim.simulate import Simulation
 
-        meters = (
-            Choice("splitfuse", {"budget": self.profile.step_tokens}),
-            Choice("seats", {"max_rows": SEATS}),
-            Choice("kv-blocks"),
-        )
+        meters = usual(self.profile.step_tokens, SEATS)
         setting = EngineSetting((policy, Choice("fcfs")), meters, preemption="swap", host_blocks=self.profile.blocks)
         kinds = [(f"engine {place}", self.profile) for place in range(engines)]
         return Simulation(calls, kinds, setting, router, oracle=oracle, seed=0).run()

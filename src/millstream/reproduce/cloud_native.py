@@ -220,7 +220,6 @@ class CloudNative(Experiment):
         from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
         from millstream.engine import calibrate
         from millstream.engine.assemble import assemble
-        from millstream.sched.profiles import Profile
         from millstream.sim.replica import EngineSetting
 
         config = EngineConfig(
@@ -234,21 +233,9 @@ class CloudNative(Experiment):
         compositions = calibrate.grid(room, 2 * MOST_PROMPT, capacity.block_size)
         if ctx.quick:
             compositions = [one for one in compositions if one.tokens <= 4 * MOST_PROMPT]
-        steps = calibrate.Steps(model.engine.runner, model.spec, resolved.config.decode.name, ctx.seed)
-        measured = calibrate.measure(steps, compositions, 3, ctx.seed, None)
-        self.found = calibrate.learn(measured, calibrate.host_part(model.engine, 32, self.vocab, ctx.seed))
+        self.found = calibrate.calibrate(model, compositions, 3, ctx.seed)
         model.engine.close()
-        self.profile = Profile(
-            "here",
-            MODEL,
-            "this machine",
-            "measured",
-            self.found.best,
-            self.found.cost.state(),
-            blocks=min(resolved.blocks.values()),
-            block_size=resolved.block_size,
-            max_context=resolved.max_context,
-        )
+        self.profile = calibrate.profile_of(model, self.found)
         self.setting = EngineSetting((Choice("fcfs"),), resolved.meters, Choice("none"), plans=resolved.plans)
 
     # -- the simulated day

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +190,14 @@ class Hygen(Experiment):
         return self._numbers(self.stage.simulate(calls, setting).served)["tbt_p99_s"]
 
     def _find_step(self, ctx: Context, limit: float) -> float:
+        from millstream.sim.report import largest
+
         offline = self._offline(95)
-        return _largest(lambda step_s: self._simulated(ctx, self._setting(step_s), offline) <= limit, 0.002, 0.5)
+        return max(0.002, largest(lambda step_s: self._simulated(ctx, self._setting(step_s), offline) <= limit, 0.05))
 
     def _find_rate(self, ctx: Context, limit: float) -> float:
+        from millstream.sim.report import largest
+
         # Without a model of times a fixed rate needs chunks that are small enough by themselves.
         assert self.stage.profile is not None
         cost, tokens = self.stage.profile.step_cost(), 8
@@ -201,7 +205,7 @@ class Hygen(Experiment):
             tokens += 8
         self.chunk = tokens
         setting = self._setting(None, step_tokens=tokens)
-        return _largest(lambda rate: self._simulated(ctx, setting, self._offline(95, rate)) <= limit, 0.05, 50.0)
+        return max(0.05, largest(lambda rate: self._simulated(ctx, setting, self._offline(95, rate)) <= limit, 1.0))
 
     # -- runs
 
@@ -270,19 +274,6 @@ class Hygen(Experiment):
         gaps = sorted(b - a for one in own for a, b in zip(one.times_s, one.times_s[1:], strict=False))
         firsts = sorted(one.times_s[0] - one.arrival_s for one in own)
         return {"tbt_p99_s": percentile(gaps, 99), "ttft_p99_s": percentile(firsts, 99)}
-
-
-def _largest(keeps: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest value that keeps the limit, within 3 %, or `low` where none does: bisection on a log scale."""
-    if not keeps(low):
-        return low
-    while high / low > 1.03:
-        middle = (low * high) ** 0.5
-        if keeps(middle):
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 CARD = Card("hygen", "offline work in what online requests leave", paper=58)

@@ -121,9 +121,7 @@ class SimulatorAgreement(Experiment):
             row for row in traces.load(TRACE) if row.num_prompt <= MOST_PROMPT and 2 <= row.num_output <= MOST_OUTPUT
         ]
         self.rows = rows
-        capacity = self.model.engine.runner.capacity()
-        self.room = min(capacity.blocks.values()) * capacity.block_size
-        self.compositions = calibrate.grid(self.room, self.model.resolved.max_context, capacity.block_size)
+        self.compositions = calibrate.grid_of(self.model)
         self.found: Any = None
         self.calibrated = -1
 
@@ -139,11 +137,7 @@ class SimulatorAgreement(Experiment):
         if self.found is not None and (ctx.quick or self.calibrated == ctx.repeat):
             return
         self.calibrated = ctx.repeat
-        engine = self.model.engine
-        steps = calibrate.Steps(engine.runner, self.model.spec, self.model.resolved.config.decode.name, ctx.repeat)
-        measured = calibrate.measure(steps, self.compositions, 3, ctx.repeat, None)
-        host_s = calibrate.host_part(engine, 32, self.model.spec.vocab_size, ctx.repeat)
-        self.found = calibrate.learn(measured, host_s)
+        self.found = calibrate.calibrate(self.model, self.compositions, 3, ctx.repeat)
 
     def _requests(self, ctx: Context) -> list[Request]:
         draw = random.Random(ctx.seed + 50 + ctx.repeat)
@@ -218,23 +212,13 @@ class SimulatorAgreement(Experiment):
         )
 
     def _simulate(self, requests: list[Request], policies: tuple[str, ...], few: bool) -> Any:
-        from millstream.sched.profiles import Profile
+        from millstream.engine import calibrate
         from millstream.sim.replica import EngineSetting
         from millstream.sim.simulate import Simulation
         from millstream.sim.workload import Call
 
         resolved = self.model.resolved
-        profile = Profile(
-            "here",
-            MODEL,
-            "this machine",
-            "measured",
-            self.found.best,
-            self.found.cost.state(),
-            blocks=min(self._blocks(few).values()),
-            block_size=resolved.block_size,
-            max_context=resolved.max_context,
-        )
+        profile = calibrate.profile_of(self.model, self.found).sized(blocks=min(self._blocks(few).values()))
         setting = EngineSetting(tuple(map(Choice, policies)), resolved.meters, Choice("none"), plans=resolved.plans)
         calls = [
             Call(request.id, request.arrival, tuple(request.prompt_ids), request.params.max_tokens or 1)

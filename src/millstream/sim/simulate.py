@@ -22,12 +22,12 @@ from millstream.core.client import Chunk
 from millstream.core.clock import VirtualClock
 from millstream.core.errors import BadRequest
 from millstream.core.events import Event, Preempted, Stepped
-from millstream.core.request import Prior, Program, Request, SamplingParams, Slo, Tokens
+from millstream.core.request import Prior, Request, SamplingParams, Slo, Tokens
 from millstream.sched.profiles import Profile
 from millstream.sim.leap import earliest_end, leap
 from millstream.sim.replica import EngineSetting, Replica, build, member_of
 from millstream.sim.scaling import Scaler, ScalingLog, ScalingSetting
-from millstream.sim.workload import Call
+from millstream.sim.workload import Call, Releases
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,21 +160,15 @@ class Simulation:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serials = itertools.count()
         self._served: dict[int, Served] = {}
-        self._followers: dict[int, list[Call]] = {}
-        self._awaited: dict[int, set[int]] = {}  # by call: the calls that it still waits for
+        self._releases = Releases(calls)
         self.homeless: list[Call] = []  # no replica is up
         self.open_calls = len(calls)
         self._failures = tuple(failures)
         self._scaler: Scaler | None = None
         self.steps = 0
         self._busy_s = [0.0] * len(self.replicas)
-        for call in calls:
-            if not call.after:
-                self.at(call.at_s, self._arrive, call)
-                continue
-            self._awaited[call.id] = set(call.after)
-            for before in self._awaited[call.id]:
-                self._followers.setdefault(before, []).append(call)
+        for call in self._releases.first:
+            self.at(call.at_s, self._arrive, call)
         for failure in failures:
             if failure.replica < 0 or (autoscaler is None and failure.replica >= len(self.replicas)):
                 raise BadRequest("failure", failure.replica, f"a replica from 0 to {len(self.replicas) - 1}")
@@ -267,7 +261,7 @@ class Simulation:
             params,
             arrival=served.arrival_s,
             tenant=call.tenant,
-            program=Program(call.session, call.id, call.thread, call.stage, call.after) if call.session else None,
+            program=call.program,
             slo=self.slo if call.slo is None else call.slo,
             priority=call.priority,
             hints=replace(call.hints, oracle=self._truth(call)) if self.oracle else call.hints,
@@ -300,12 +294,8 @@ class Simulation:
         self.open_calls -= 1
         if self._scaler is not None:
             self._scaler.ended(self._served[call.id], self.clock.now())
-        for follower in self._followers.pop(call.id, ()):
-            awaited = self._awaited[follower.id]
-            awaited.discard(call.id)
-            if not awaited:
-                del self._awaited[follower.id]
-                self.at(self.clock.now() + follower.think_s, self._arrive, follower)
+        for follower in self._releases.ended(call.id):
+            self.at(self.clock.now() + follower.think_s, self._arrive, follower)
         if self.progress is not None:
             self.progress()
 
@@ -368,7 +358,7 @@ class Simulation:
         while self._outside and self._outside[0] < now:
             heapq.heappop(self._outside)
         quiet = self._outside[0] if self._outside else math.inf
-        if self._followers:
+        if self._releases:
             # What ends anywhere may bring the next call of a session.
             quiet = min([quiet, *(earliest_end(one, now) for one in self.replicas if one is not self.replicas[place])])
         return quiet

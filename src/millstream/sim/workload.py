@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from millstream.core.errors import BadRequest
-from millstream.core.request import Hints, Slo
+from millstream.core.request import Hints, Program, Slo
 from millstream.sim import traces
 from millstream.sim.arrivals import Bursts, Diurnal, RateCurve, arrival_times
 from millstream.sim.traces import BLOCK_TOKENS, Row
@@ -53,6 +53,44 @@ class Call:
     @property
     def num_prompt(self) -> int:
         return len(self.prompt)
+
+    @property
+    def program(self) -> Program | None:
+        """Its place among the calls of its session, as a request has it."""
+        return Program(self.session, self.id, self.thread, self.stage, self.after) if self.session else None
+
+
+class Releases:
+    """Which calls may begin: `first` those that wait for none, the others when the last that they wait for has ended.
+
+    True while any call waits.
+    """
+
+    def __init__(self, calls: Iterable[Call]) -> None:
+        self.first: list[Call] = []
+        self._followers: dict[int, list[Call]] = {}
+        self._awaited: dict[int, set[int]] = {}
+        for call in calls:
+            if not call.after:
+                self.first.append(call)
+                continue
+            self._awaited[call.id] = set(call.after)
+            for before in self._awaited[call.id]:
+                self._followers.setdefault(before, []).append(call)
+
+    def __bool__(self) -> bool:
+        return bool(self._awaited)
+
+    def ended(self, call: int) -> list[Call]:
+        """A call has ended: those that may begin now, each when it has thought for its `think_s`."""
+        free = []
+        for follower in self._followers.pop(call, ()):
+            awaited = self._awaited[follower.id]
+            awaited.discard(call)
+            if not awaited:
+                del self._awaited[follower.id]
+                free.append(follower)
+        return free
 
 
 @dataclass(frozen=True, slots=True)
