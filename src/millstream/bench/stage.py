@@ -32,7 +32,8 @@ from millstream.sim.workload import Call, Releases
 class Setting:
     """The deciding stack that is tried. `blocks` of KV cache (None: all there are), `seats` and `step_tokens` of steps.
 
-    `extra` are meters beside those of the engine, asked after the token budget.
+    `extra` are meters beside those of the engine, asked after the token budget. `lengths` guesses how long outputs will
+    be, live only.
     """
 
     policies: tuple[Choice, ...]
@@ -43,6 +44,7 @@ class Setting:
     last: Choice = Choice("kv-blocks")
     prefix: Choice = Choice("radix")
     preemption: str = "recompute"
+    lengths: Choice | None = None
 
     def meters(self, step_tokens: int) -> tuple[Choice, ...]:
         budget = Choice("splitfuse", {"budget": self.step_tokens or step_tokens})
@@ -51,7 +53,10 @@ class Setting:
 
 @dataclass(slots=True)
 class Played:
-    """A live run: calls as their clients saw them, their tokens, seconds in all, and the sums of what steps took."""
+    """A live run: calls as their clients saw them, their tokens, seconds in all, and the sums of what steps took.
+
+    `guess_s` is what guessing lengths took.
+    """
 
     served: list[Served]
     tokens: dict[int, tuple[int, ...]]
@@ -60,6 +65,7 @@ class Played:
     planning_s: float
     preemptions: int
     policies: tuple[Policy, ...] = ()
+    guess_s: float = 0.0
 
     def result(self) -> Result:
         """As the simulator's own, for what reads those."""
@@ -120,12 +126,14 @@ class Stage:
         deadline_s: float = 120.0,
         cost: StepCost | None = None,
         policies: Sequence[Policy] | None = None,
+        answers: Mapping[int, SamplingParams] | None = None,
     ) -> Played:
         """Plays the calls to an engine under `setting`, in this thread. Outputs may be `most` tokens for all they know.
 
-        `cost` stands for what was calibrated, `policies` that are made already for those of the setting. Raises what
-        the engine raises. A run that takes longer than `deadline_s` ends there; calls that did not end by then are
-        aborted.
+        With `answers`, by the id of a call, prompts are tokens of the model as they stand and outputs end where the
+        model ends them: how long the call says that they are is read by nobody. `cost` stands for what was calibrated,
+        `policies` that are made already for those of the setting. Raises what the engine raises. A run that takes
+        longer than `deadline_s` ends there; calls that did not end by then are aborted.
         """
         from millstream.engine.assemble import build_engine
 
@@ -135,6 +143,7 @@ class Stage:
             policies=setting.policies,
             preemption=setting.preemption,
             meters=setting.meters(self.step_tokens),
+            lengths=setting.lengths,
         )
         config = replace(self.base, sched=sched, cache=replace(self.base.cache, prefix=setting.prefix))
         blocks = model.resolved.blocks
@@ -143,14 +152,22 @@ class Stage:
         resolved = replace(model.resolved, blocks=blocks, meters=setting.meters(self.step_tokens), config=config)
 
         def watch(request: Request) -> list[Observer]:
-            return [_EndAfter(lengths[request.id])]
+            return [_EndAfter(lengths[request.id])] if answers is None else []
 
         if cost is None and self.profile is not None:
             cost = self.profile.step_cost()
         engine = build_engine(model.built.runner, model.spec, model.tokenizer, config, resolved, cost=cost, watch=watch)
         if policies is not None:
             engine.scheduler.policy = PolicyStack(policies)
-        return _Player(engine, calls, self.ids, most, deadline_s).run()
+        if answers is None:
+            ids = self.ids
+            answers = {
+                call.id: SamplingParams(max_tokens=max(most, call.num_output + 1), temperature=0.0, ignore_eos=True)
+                for call in calls
+            }
+        else:
+            ids = _as_is
+        return _Player(engine, calls, ids, answers, deadline_s).run()
 
     def simulate(
         self,
@@ -173,16 +190,20 @@ class Stage:
         return Simulation(calls, kinds, engine, router, max_tokens=most, oracle=oracle).run()
 
 
+def _as_is(call: Call) -> tuple[int, ...]:
+    return call.prompt
+
+
 class _Player:
     def __init__(
         self,
         engine: Any,
         calls: Sequence[Call],
         ids: Callable[[Call], tuple[int, ...]],
-        most: int,
+        answers: Mapping[int, SamplingParams],
         deadline_s: float,
     ) -> None:
-        self.engine, self.calls, self.ids, self.most, self.deadline_s = engine, calls, ids, most, deadline_s
+        self.engine, self.calls, self.ids, self.answers, self.deadline_s = engine, calls, ids, answers, deadline_s
         self.served: dict[int, Served] = {}
         self.tokens: dict[int, list[int]] = {}
         self.releases = Releases(calls)
@@ -221,7 +242,7 @@ class _Player:
         served = [self.served[call.id] for call in self.calls if call.id in self.served]
         tokens = {number: tuple(found) for number, found in self.tokens.items()}
         policies = engine.scheduler.policy.policies
-        return Played(served, tokens, seconds, self.steps, self.planning_s, self.preemptions, policies)
+        return Played(served, tokens, seconds, self.steps, self.planning_s, self.preemptions, policies, engine.guess_s)
 
     def _submit(self, call: Call, now: float) -> None:
         self.served[call.id] = Served(call, now)
@@ -229,7 +250,7 @@ class _Player:
         request = Request(
             call.id,
             (Tokens(self.prompts[call.id]),),
-            SamplingParams(max_tokens=max(self.most, call.num_output + 1), temperature=0.0, ignore_eos=True),
+            self.answers[call.id],
             tenant=call.tenant,
             program=call.program,
             slo=call.slo or Slo(),

@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "sim": ("sim", "simulate a cluster of engines under recorded traffic, with the real scheduler"),
     "plan": ("plan", "how many engines of which kind a recorded load needs, by simulation"),
     "calibrate": ("calibrate", "measure how long this machine's steps take, for the simulator"),
+    "train-ranker": ("train_ranker", "learn how long a model's answers will be, for policies that go by it"),
     "explain": ("explain", "every automatic decision with its reason, and where the memory goes"),
     "quantize": ("quantize", "pack a model's matrices into 4 or 8 bits"),
     "pull": ("pull", "download a model"),

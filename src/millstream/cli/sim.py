@@ -22,6 +22,7 @@ _FLAGS: tuple[tuple[str, str, type, str], ...] = (
     ("--e2e", "e2e_s", float, "seconds that a request or workflow is wished to take, which policies know"),
     ("--router", "router", str, "which replica gets a request: least-work (default), round-robin, ..."),
     ("--prefix", "prefix", str, "radix (default) or none"),
+    ("--lengths", "lengths", str, "who guesses how long outputs will be, such as history"),
     ("--preemption", "preemption", str, "recompute (default) or swap"),
     ("--host-blocks", "host_blocks", int, "of host memory, for swapped-out requests"),
     ("--blocks", "blocks", int, "of the KV cache of each replica (default: the profile's)"),

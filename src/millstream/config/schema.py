@@ -56,6 +56,7 @@ class SchedConfig:
     `step_tokens` and `max_rows` are the options of the meters splitfuse and seats when these are chosen by "auto".
     `profile` is the name or file of a profile of step times (`millstream calibrate`), for policies and meters that go
     by how long a step takes.
+    `lengths` guesses how long outputs will be, for policies that order by it (None: nobody does).
     """
 
     policies: tuple[Choice, ...] = (Choice("fcfs"),)
@@ -64,6 +65,7 @@ class SchedConfig:
     max_rows: int | Auto = "auto"
     preemption: str = "recompute"
     profile: str = ""
+    lengths: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True)

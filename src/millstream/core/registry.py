@@ -30,6 +30,7 @@ POINTS: Mapping[str, str] = {
     "step-cost": "millstream.sched.predictors",
     "router": "millstream.cluster.routers",
     "autoscaler": "millstream.cluster.autoscale",
+    "length": "millstream.sched.lengths",
     "prefix": "millstream.memory.prefix",
     "evict": "millstream.memory.evict",
     "tier": "millstream.memory.tiers",

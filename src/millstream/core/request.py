@@ -285,6 +285,18 @@ class Hints:
             raise RequestFault("the true output length is read, but this is no oracle arm")
         return self.oracle
 
+    def filled(self, guess: Hints) -> Hints:
+        """These hints, and where they say nothing those of `guess`; of an oracle nobody but the request says anything.
+
+        Raises TypeError for what is no hint.
+        """
+        if not isinstance(guess, Hints):
+            raise TypeError(f"a guess is Hints, got {guess!r:.60}")
+        length = guess.expected_output_len if self.expected_output_len is None else self.expected_output_len
+        score = guess.score if self.score is None else self.score
+        expected_s = guess.expected_s if self.expected_s is None else self.expected_s
+        return Hints(length, score, expected_s, self.oracle)
+
 
 @dataclass(frozen=True, slots=True)
 class Prior:

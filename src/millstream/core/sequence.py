@@ -54,8 +54,9 @@ class Sequence:
     `max_len` is the most tokens it can come to, output included (for a prompt that is only scored: one more than it).
     `guides` say which tokens may come next (decode/protocol.py: Guide); with one, no token is launched ahead.
     `epoch` counts how often its holdings were given up: a result of an earlier epoch says nothing about the cache.
-    `cold`: it is computed again from its first token, past every cache, because what it gave was not finite; the rows
-    of the next `void` plans to come back were launched before that, and say nothing at all.
+    `hints` are its request's, and what a length predictor has added to them. `cold`: it is computed again from its
+    first token, past every cache, because what it gave was not finite; the rows of the next `void` plans to come back
+    were launched before that, and say nothing at all.
     """
 
     id: int
@@ -91,9 +92,11 @@ class Sequence:
     cold: bool = False
     void: int = 0
     _prefix: tuple[int, ...] | None = field(init=False, repr=False, default=None)
+    hints: Hints = field(init=False, repr=False)
     view: SeqView = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.hints = self.request.hints
         self.view = SeqView(self)
 
     @property
@@ -150,6 +153,7 @@ class Snapshot:
     state: State
     gates: tuple[str, ...]
     stamps: Stamps
+    hints: Hints
 
 
 class SeqView:
@@ -179,6 +183,7 @@ class SeqView:
             seq.state,
             tuple(seq.gates),
             replace(seq.stamps),
+            seq.hints,
         )
 
     @property
@@ -283,4 +288,5 @@ class SeqView:
 
     @property
     def hints(self) -> Hints:
-        return self._seq.request.hints
+        """Of the request, or of a length predictor where the request says nothing."""
+        return self._seq.hints

@@ -253,6 +253,7 @@ def build_engine(
         own = [cast(Observer, kind(request, tokenizer.vocabulary)) for kind in watchers if kind.wanted(request)]
         return [*own, *watch(request)]
 
+    lengths = config.sched.lengths
     return Engine(
         scheduler,
         runner,
@@ -264,4 +265,5 @@ def build_engine(
         guides=makers,
         listeners=listeners,
         seed=config.seed,
+        lengths=None if lengths is None else registry.make("length", lengths, text=tokenizer.decode),
     )

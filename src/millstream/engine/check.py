@@ -58,6 +58,8 @@ def choices(config: EngineConfig) -> list[tuple[str, Choice]]:
     if config.cache.kv != "auto":
         found.append(("kv", config.cache.kv))
     found += [("policy", choice) for choice in config.sched.policies]
+    if config.sched.lengths is not None:
+        found.append(("length", config.sched.lengths))
     if config.sched.meters != "auto":
         found += [("meter", choice) for choice in config.sched.meters]
     return found

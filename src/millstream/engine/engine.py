@@ -26,6 +26,7 @@ from millstream.core.sequence import Finish, Sequence, Stamps, State
 from millstream.decode.protocol import NOT_FINITE, DecodeMethod, Guide, GuideMaker, Observer
 from millstream.memory.blocks import BlockFault
 from millstream.runner.protocol import Runner, Ticket
+from millstream.sched.protocol import LengthPredictor
 from millstream.sched.scheduler import Scheduler
 
 SIBLINGS = "siblings"
@@ -67,7 +68,8 @@ class Engine:
 
     `methods` makes the host half of a decode method for one request; `observers` makes the observers of one output;
     `guides` make what says which tokens may come next; `stop_ids` are the model's own end tokens. `wake` is called,
-    from any thread, when a sequence that waited for something outside can go on.
+    from any thread, when a sequence that waited for something outside can go on. `lengths` guesses how long outputs
+    will be, once a request, before it is ranked.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Engine:
         guides: Seq[GuideMaker] = (),
         listeners: Seq[Callable[[Event], None]] = (),
         seed: int | None = None,
+        lengths: LengthPredictor | None = None,
     ) -> None:
         self.scheduler, self.runner, self.clock, self.limits = scheduler, runner, clock, limits
         self.stop_ids = stop_ids
@@ -93,6 +96,11 @@ class Engine:
         self._guide_makers = tuple(guides)
         self._unready: list[Sequence] = []
         self.wake: Callable[[], None] = lambda: None
+        self.lengths = lengths
+        self._learns = lengths is not None and type(lengths).observe is not LengthPredictor.observe
+        self._unguessed: list[int] = []  # requests that nobody has guessed about yet
+        self._guess_failed = False
+        self.guess_s = 0.0
         self._random = random.Random(seed)
         self._ids = itertools.count()
         self._groups: dict[int, _Group] = {}
@@ -168,6 +176,8 @@ class Engine:
             group.observers[index] = self._watchers(request, prior, seq.guides)
         group.unfinished = len(group.seqs)
         self._groups[request.id] = group
+        if self.lengths is not None and request.kind is Kind.GENERATE and request.id != SELF_TEST:
+            self._unguessed.append(request.id)
         if request.slo.deadline_s is not None:
             self._set_deadline(request.id, group.seqs[0].stamps.arrival + request.slo.deadline_s)
         for seq in group.seqs:
@@ -208,6 +218,8 @@ class Engine:
     def load(self) -> Load:
         ledger = self.scheduler.ledger
         counters: dict[str, float] = {**ledger.stats(), **self.counters, "steps": self.num_steps}
+        if self.lengths is not None:
+            counters["guess_s"] = self.guess_s
         for maker in self._guide_makers:
             counters.update(maker.counters())
         return Load(self.scheduler.num_waiting, self.scheduler.num_running, ledger.free(), ledger.total(), counters)
@@ -229,6 +241,8 @@ class Engine:
         self._expire(self.clock.now())
         if self._unready:
             self._open_gates()
+        if self._unguessed:
+            self._guess()
         while len(self._flights) < self._plans:
             started = self.clock.now()
             plan = self.scheduler.plan(started)
@@ -272,6 +286,31 @@ class Engine:
 
     def _awake(self) -> None:
         self.wake()
+
+    def _guess(self) -> None:
+        """Has the length predictor say what it can of requests that came in. No request suffers from one that fails."""
+        numbers, self._unguessed = self._unguessed, []
+        groups = [group for number in numbers if (group := self._groups.get(number)) is not None]
+        if not groups or self.lengths is None:
+            return
+        start = self.clock.now()
+        try:
+            guesses = self.lengths.guess([group.request for group in groups])
+            for group, guess in zip(groups, guesses, strict=True):
+                hints = group.request.hints.filled(guess)
+                for seq in group.seqs:
+                    seq.hints = hints
+            self.counters["guessed_requests"] += len(groups)
+        except Exception:
+            self.counters["guess_failures"] += 1
+            self._log_guess("guess")
+        self.guess_s += self.clock.now() - start
+
+    def _log_guess(self, where: str) -> None:
+        if not self._guess_failed:
+            self._guess_failed = True
+            name = type(self.lengths).__name__
+            _log.exception("length predictor %s failed in %s; further failures are not told", name, where)
 
     def _open_gates(self) -> None:
         waiting, self._unready = self._unready, []
@@ -585,6 +624,11 @@ class Engine:
     def tell(self, event: Event) -> None:
         """Has policies and listeners hear of what happened."""
         self.scheduler.policy.observe(event)
+        if self._learns and self.lengths is not None:
+            try:
+                self.lengths.observe(event)
+            except Exception:
+                self._log_guess("observe")
         for listener in self.listeners:
             listener(event)
 

@@ -27,7 +27,7 @@ import msgspec
 from millstream.core.client import Chunk, Load, ModelFacts
 from millstream.core.errors import BadRequest, EngineClosed, MillstreamError, UnknownName
 from millstream.core.events import Event
-from millstream.core.request import Request, Segment, Tokens, Vectors
+from millstream.core.request import Hints, Request, Segment, Tokens, Vectors
 from millstream.core.sequence import Finish, SeqView, Snapshot, Stamps, State
 from millstream.engine.feed import KINDS
 
@@ -189,6 +189,7 @@ class Seen(msgspec.Struct, array_like=True, frozen=True, gc=False):
     state: State
     gates: tuple[str, ...]
     stamps: Stamps
+    hints: Hints
 
 
 class WireEvent(msgspec.Struct, array_like=True, frozen=True):

@@ -136,10 +136,12 @@ def packing_of(spec: ModelSpec, tensors: Mapping[str, torch.Tensor], recipe: Map
     }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """One safetensors file, tensors whose size is a multiple of 64 first, so that each of those begins at one.
 
-    Raises OSError.
+    `metadata` stands in the header. Raises OSError.
     """
     import json
 
@@ -147,7 +149,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     names = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
     ordered = sorted(tensors, key=lambda name: bool(tensors[name].nbytes % 64))
-    header, at = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
     for name in ordered:
         tensor = tensors[name]
         header[name] = {

@@ -3,9 +3,10 @@
 SmolLM2 serves short online requests that come in bursts, and a queue of documents to be summarised, in families that
 share an instruction and a document. The limit is on the 99th percentile of the time between two tokens of an online
 request: what it is without offline work, and a fifth or a half more. How long a step may take for that is found by
-bisection in the simulator, whose steps were calibrated just before, on traffic of another seed. Arms: online alone;
-both without control; offline work at the largest fixed rate that keeps the limit in the simulator; HyGen; HyGen with
-offline work first come, first served; and HyGen with a model of step times that always says the same.
+bisection in the simulator, whose steps were calibrated just before, and shortened until live runs keep the limit; all
+of that on traffic of other seeds. Arms: online alone; both without control; offline work at the largest fixed rate that
+keeps the limit; HyGen; HyGen with offline work first come, first served; and HyGen with a model of step times that
+always says the same.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from millstream.reproduce.protocol import (
 )
 from millstream.sched.protocol import StepCost
 
-SECONDS, QUICK_SECONDS = 9.0, 4.0
+SECONDS, QUICK_SECONDS = 12.0, 4.0
 # Online: requests a second outside of bursts and in them, tokens of prompts and outputs.
 RATE, BURST, EVERY_S, FOR_S = 1.5, 6.0, 3.0, 0.6
 PROMPT, OUTPUT = (16, 96), (12, 32)
@@ -40,6 +41,8 @@ PROMPT, OUTPUT = (16, 96), (12, 32)
 DOCUMENTS, QUESTIONS, DOCUMENT, QUESTION, ANSWER = 30, 6, 320, (8, 32), (8, 24)
 STEP_TOKENS, SEATS, CACHE = 512, 48, 8192
 MARGINS = {"hygen": 0.2, "hygen-half": 0.5}
+# What is found must keep the limit with this much of it to spare, since a 99th percentile varies from run to run.
+SPARE, TRIES = 0.08, 5
 OFFLINE = 1
 
 
@@ -76,7 +79,6 @@ class Hygen(Experiment):
     )
     metrics = (
         Metric("tbt_p99_s", "s", "lower", "online: 99th percentile of the time between two tokens"),
-        Metric("over_limit", "", "lower", "the same over the limit of the arm (a fifth more where it has none)"),
         Metric("ttft_p99_s", "s", "lower", "online: 99th percentile of the time to the first token"),
         Metric("offline_tokens_per_s", "tokens/s", "higher", "offline: prompt and output tokens of what was answered"),
         Metric("tokens_per_s", "tokens/s", "higher", "of both"),
@@ -97,10 +99,27 @@ class Hygen(Experiment):
         ),
     )
     required = (
-        Required("within a fifth more than without offline work", Of("hygen", "over_limit"), at_most=1.0),
-        Required("within half as much more, where that is the limit", Of("hygen-half", "over_limit"), at_most=1.0),
-        Required("without control the limit is broken", Of("unrestricted", "over_limit"), at_least=1.0),
-        Required("and by a model that knows nothing", Of("constant", "over_limit"), at_least=1.0),
+        *(
+            Required(
+                f"{told} than without offline work",
+                Of(arm, "tbt_p99_s"),
+                Of("online", "tbt_p99_s"),
+                at_most=1 + MARGINS[arm],
+            )
+            for arm, told in (("hygen", "at most a fifth more"), ("hygen-half", "at most half as much more"))
+        ),
+        Required(
+            "without control the limit is broken",
+            Of("unrestricted", "tbt_p99_s"),
+            Of("online", "tbt_p99_s"),
+            at_least=1 + MARGINS["hygen"],
+        ),
+        Required(
+            "and by a model that knows nothing",
+            Of("constant", "tbt_p99_s"),
+            Of("online", "tbt_p99_s"),
+            at_least=1 + MARGINS["hygen"],
+        ),
         Required(
             "offline work at least 1.5 times that of a fixed rate",
             Of("hygen", "offline_tokens_per_s"),
@@ -116,7 +135,7 @@ class Hygen(Experiment):
         ),
     )
     warmup = 0
-    seconds = 500.0
+    seconds = 800.0
     sources = ("millstream.sched.scheduler", "millstream.engine.calibrate", "millstream.bench.stage")
 
     def open(self, ctx: Context) -> None:
@@ -126,10 +145,7 @@ class Hygen(Experiment):
         ctx.repeat = 0
         ctx.say("measuring how long steps take")
         self.stage.calibrate(repeats=3, thin=1 if not ctx.quick else 2)
-        alone = [
-            self._numbers(self.stage.live(self._online(ctx, seed), self._setting(None)).served) for seed in (90, 91, 92)
-        ]
-        self.base = statistics.median(one["tbt_p99_s"] for one in alone)
+        self.base = self._live(ctx, self._setting(None), None)
         ctx.say(f"online alone: {1000 * self.base:.1f} ms between tokens at the 99th percentile")
         self.steps = {name: self._find_step(ctx, self.base * (1 + more)) for name, more in MARGINS.items()}
         self.rate = self._find_rate(ctx, self.base * (1 + MARGINS["hygen"]))
@@ -189,11 +205,30 @@ class Hygen(Experiment):
         calls = sorted([*self._online(ctx, 95), *offline], key=lambda call: (call.at_s, call.id))
         return self._numbers(self.stage.simulate(calls, setting).served)["tbt_p99_s"]
 
+    def _live(self, ctx: Context, setting: Any, rate: float | None, offline: bool = False) -> float:
+        """The same live: the median of three runs."""
+        found = []
+        for seed in (90, 91, 92):
+            others = self._offline(seed, rate) if offline else []
+            calls = sorted([*self._online(ctx, seed), *others], key=lambda call: (call.at_s, call.id))
+            seconds = (QUICK_SECONDS if ctx.quick else SECONDS) + 1.0
+            found.append(self._numbers(self.stage.live(calls, setting, deadline_s=seconds).served)["tbt_p99_s"])
+        return statistics.median(found)
+
     def _find_step(self, ctx: Context, limit: float) -> float:
+        """As in the paper: by bisection over a model, then by what the machine does."""
         from millstream.sim.report import largest
 
         offline = self._offline(95)
-        return max(0.002, largest(lambda step_s: self._simulated(ctx, self._setting(step_s), offline) <= limit, 0.05))
+        step_s = largest(lambda step_s: self._simulated(ctx, self._setting(step_s), offline) <= limit, 0.05)
+        for _ in range(TRIES):
+            step_s = max(0.002, step_s)
+            found = self._live(ctx, self._setting(step_s), None, offline=True)
+            ctx.say(f"steps of {1000 * step_s:.1f} ms: {1000 * found:.1f} ms live, the limit is {1000 * limit:.1f}")
+            if found <= (1 - SPARE) * limit:
+                break
+            step_s *= max(0.6, (1 - 1.5 * SPARE) * limit / found)
+        return step_s
 
     def _find_rate(self, ctx: Context, limit: float) -> float:
         from millstream.sim.report import largest
@@ -258,7 +293,6 @@ class Hygen(Experiment):
         prompt = sum(one.call.num_prompt for one in answered)
         return {
             "tbt_p99_s": found["tbt_p99_s"],
-            "over_limit": found["tbt_p99_s"] / (self.base * (1 + MARGINS[kind])),
             "ttft_p99_s": found["ttft_p99_s"],
             "offline_tokens_per_s": offline_tokens / played.seconds,
             "tokens_per_s": (offline_tokens + online_tokens) / played.seconds,

@@ -65,6 +65,7 @@ class PlacedCard:
 SWITCHES: Mapping[str, str] = {
     "policy": "sched.policies",
     "meter": "sched.meters",
+    "length": "sched.lengths",
     "prefix": "cache.prefix",
     "kv": "cache.kv",
     "weights": "model.weights",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from millstream.core.events import Event
+from millstream.core.request import Hints, Request
 from millstream.core.sequence import Sequence, SeqView
 from millstream.core.shape import StepShape
 
@@ -139,6 +140,26 @@ class Meter(Protocol):
 
     def gave_up(self, seq: Sequence) -> None:
         """It lost its place in the step that is being planned."""
+        return
+
+
+class LengthPredictor(Protocol):
+    """Guesses how long outputs will be, so that policies can order by it.
+
+    Plug-ins are made with `text`: how a prompt reads (ids -> text), None where prompts are no texts (a simulation).
+    """
+
+    @abstractmethod
+    def guess(self, requests: Seq[Request]) -> list[Hints]:
+        """Hints for each, in order. Asked once a request, before it is first ranked, for all that came since the last
+        step at once; the time it takes is added to that step.
+
+        What a request says itself comes before a guess, whatever this returns. Must not read `hints.oracle`.
+        """
+        ...
+
+    def observe(self, event: Event) -> None:
+        """What happened since; an output that ended (Finished) tells how long it was."""
         return
 
 

@@ -69,6 +69,24 @@ def _sound_blocks(data: bytes) -> bytes:
     return "".join(sound[:92]).encode()
 
 
+def _first_of_each_category(count: int) -> Callable[[bytes], bytes]:
+    def convert(data: bytes) -> bytes:
+        seen: dict[str, int] = {}
+        lines = []
+        for line in data.decode().splitlines(keepends=True):
+            category = str(json.loads(line)["category"])
+            seen[category] = seen.get(category, 0) + 1
+            if seen[category] <= count:
+                lines.append(line)
+        return "".join(lines).encode()
+
+    return convert
+
+
+def _strategy_questions(data: bytes) -> bytes:
+    return "".join(json.dumps({"question": row["question"]}) + "\n" for row in json.loads(data)[:600]).encode()
+
+
 def _first_sessions(count: int) -> Callable[[bytes], bytes]:
     def convert(data: bytes) -> bytes:
         kept: dict[str, None] = {}
@@ -124,6 +142,109 @@ SETS = {
         "Apache-2.0",
         _first_rows(1400),
     ),
+    "oasst-prompts": DataSet(
+        "chat_oasst/en_100_tree.jsonl.gz",
+        "LAION-AI/Open-Assistant",
+        "f1e6ed9526f5",
+        "model/model_eval/manual/data/en_100_tree.jsonl",
+        "Apache-2.0",
+        _first_rows(60),
+    ),
+    "gsm8k-train": DataSet(
+        "lm_gsm8k/train_head.jsonl.gz",
+        "openai/grade-school-math",
+        "3101c7d50724",
+        "grade_school_math/data/train.jsonl",
+        "MIT",
+        _first_rows(2000),
+    ),
+    "arena-hard": DataSet(
+        "lm_arena_hard/question.jsonl",
+        "lmarena/arena-hard-auto",
+        "196f6b826783",
+        "data/arena-hard-v0.1/question.jsonl",
+        "Apache-2.0",
+        _first_rows(300),
+    ),
+    "mbpp": DataSet(
+        "lm_mbpp/mbpp.jsonl",
+        "amazon-science/mxeval",
+        "e09974f990ee",
+        "data/mbxp/mbpp_release_v1.jsonl",
+        "CC BY 4.0",
+        _first_rows(500),
+    ),
+    "humaneval": DataSet(
+        "lm_humaneval/HumanEval.jsonl",
+        "openai/human-eval",
+        "6d43fb980f9f",
+        "data/HumanEval.jsonl.gz",
+        "MIT",
+        lambda data: _first_rows(100)(gzip.decompress(data)),
+    ),
+    "banking77": DataSet(
+        "topic_banking77/train.csv.gz",
+        "PolyAI-LDN/task-specific-datasets",
+        "57ec275d8078",
+        "banking_data/train.csv",
+        "CC BY 4.0",
+    ),
+    "ifeval": DataSet(
+        "lm_ifeval/input_data.jsonl",
+        "josejg/instruction_following_eval",
+        "0c495b2f9515",
+        "instruction_following_eval/data/input_data.jsonl",
+        "Apache-2.0",
+        _first_rows(320),
+    ),
+    "mt-bench": DataSet(
+        "lm_mtbench/question.jsonl",
+        "lm-sys/FastChat",
+        "0e6d3e4beaab",
+        "fastchat/llm_judge/data/mt_bench/question.jsonl",
+        "Apache-2.0",
+        _first_of_each_category(6),
+    ),
+    "vicuna-bench": DataSet(
+        "lm_mtbench/vicuna_question.jsonl",
+        "lm-sys/FastChat",
+        "0e6d3e4beaab",
+        "fastchat/llm_judge/data/vicuna_bench/question.jsonl",
+        "Apache-2.0",
+    ),
+    "strategyqa": DataSet(
+        "lm_strategyqa/train_head.jsonl",
+        "eladsegal/strategyqa",
+        "1ba1e97452e1",
+        "data/strategyqa/train.json",
+        "MIT",
+        _strategy_questions,
+    ),
+    "truthfulqa": DataSet(
+        "lm_truthfulqa/TruthfulQA.csv",
+        "frankxwang/probing-experiments",
+        "b7eb5a9f55e2",
+        "data/TruthfulQA.csv",
+        "Apache-2.0",
+        _first_rows(501),
+    ),
+    "ag-news": DataSet(
+        "topic_ag_news/test.csv.gz",
+        "mhjabreel/CharCnn_Keras",
+        "555590db4219",
+        "data/ag_news_csv/test.csv",
+        "non-commercial research",
+        _first_rows(5000),
+    ),
+    "lambada": DataSet(
+        "lm_lambada/test.jsonl.gz",
+        "cybertronai/bflm",
+        "620fff70127e",
+        "lambada_test.jsonl",
+        "CC BY 4.0",
+        _first_rows(2500),
+    ),
+    "aqua": DataSet("lm_aqua/dev.jsonl", "deepmind/AQuA", "26b64ed1f222", "dev.json", "Apache-2.0"),
     "azure-conv": DataSet(
         "traces_azure2023/conv.csv.gz",
         "Azure/AzurePublicDataset",

@@ -37,6 +37,7 @@ class EngineSetting:
     host_blocks: int = 0
     plans: int = 1
     noise: float = 0.0
+    lengths: Choice | None = None
 
 
 @dataclass(slots=True)
@@ -98,5 +99,15 @@ def build(
         cost=profile.step_cost(),
     )
     limits = Limits(VOCAB, profile.max_context, profile.blocks * profile.block_size)
-    engine = Engine(scheduler, runner, clock, limits, stop_ids=frozenset({STOP}), listeners=listeners, seed=seed)
+    lengths = None if setting.lengths is None else registry.make("length", setting.lengths, text=None)
+    engine = Engine(
+        scheduler,
+        runner,
+        clock,
+        limits,
+        stop_ids=frozenset({STOP}),
+        listeners=listeners,
+        seed=seed,
+        lengths=lengths,
+    )
     return Replica(name, profile, engine, runner)

@@ -89,7 +89,8 @@ class Scenario:
     `profiles` are the kinds of engines, `replicas` how many of each: one number for all, or one a profile. `rate` is
     requests a second (None: as recorded), `speed` a factor on recorded times, `burstiness` makes gaps random (1:
     Poisson). `requests` and `seconds` cut the trace. `deadline_s` ends requests; `e2e_s` is how long one is wished to
-    take as a whole, or the workflow that it is part of. `noise` is the deviation of log step times. `blocks`,
+    take as a whole, or the workflow that it is part of. `noise` is the deviation of log step times. `lengths`
+    guesses how long outputs will be. `blocks`,
     `step_tokens` and `max_rows` stand for the profile's own. `mix` shuffles lengths against arrivals. `hint_error`:
     requests come with a guess of their output that is off by a factor whose logarithm deviates by so much (0: exact),
     as expected length and as score.
@@ -106,6 +107,7 @@ class Scenario:
     router: Choice = Choice("least-work")
     prefix: Choice = Choice("radix")
     preemption: str = "recompute"
+    lengths: Choice | None = None
     host_blocks: int = 0
     rate: float | None = None
     speed: float = 1.0
@@ -243,6 +245,7 @@ class Prepared:
             scenario.host_blocks,
             scenario.plans,
             scenario.noise,
+            scenario.lengths,
         )
         replicas = []
         for place, (profile, count) in enumerate(self.kinds):

@@ -69,7 +69,7 @@ for info in pkgutil.walk_packages(millstream.__path__, "millstream."):
 from millstream.core import registry
 for point in registry.points():
     for name in registry.names(point):
-        if point in ("policy", "meter", "prefix", "evict", "tier", "decode", "observer", "family", "kv"):
+        if point in ("policy", "meter", "length", "prefix", "evict", "tier", "decode", "observer", "family", "kv"):
             registry.get(point, name)
 assert not {"torch", "triton"} & {name.partition(".")[0] for name in sys.modules}
 print("imported")

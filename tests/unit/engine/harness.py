@@ -53,6 +53,7 @@ class Bench:
         observers: Any = lambda request: [],
         guides: Sequence[Any] = (),
         fail: dict[int, str] | None = None,
+        lengths: Any = None,
     ) -> None:
         self.clock = VirtualClock()
         self.runner = NullRunner(VOCAB, groups, block_size, num_blocks, host_blocks, plans, fail=fail)
@@ -74,6 +75,7 @@ class Bench:
             observers=observers,
             guides=guides,
             seed=1,
+            lengths=lengths,
         )
         self.chunks: dict[tuple[int, int], list[Chunk]] = {}
         self.requests: dict[int, Request] = {}

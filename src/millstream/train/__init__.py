@@ -1,0 +1,1 @@
+"""What is learned here: models that others go by."""
