@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from millstream.bench.labels import Label
+from millstream.bench import prompts
+from millstream.bench.labels import Label, Serving, collect, missing
+from millstream.config.load import home
 
 # Families that are learned from and how many prompts of each, and those that are only tested on.
 TRAIN: Mapping[str, int] = {
@@ -35,6 +37,17 @@ TEST: Mapping[str, int] = {
 }
 MOST_CHARS = 2000
 BATCH = 16
+
+
+def collected(
+    made: Any, serving: Serving, counts: Mapping[str, int], share: float = 1.0, say: Callable[[str], None] | None = None
+) -> list[Label]:
+    """Labels of `share` of so many prompts of each family, by the engine `made`; kept in the home folder."""
+    kept = home() / "labels" / f"{serving.model}.jsonl"
+    asked = prompts.draw({name: max(4, round(share * count)) for name, count in counts.items()}, most_chars=MOST_CHARS)
+    if say is not None and (left := len(missing(serving, asked, kept))):
+        say(f"generating {left} answers, which are kept in {kept}")
+    return collect(made.engine, made.tokenizer, serving, asked, kept)
 
 
 def frame(texts: Sequence[str]) -> tuple[str, str]:

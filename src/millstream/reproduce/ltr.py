@@ -138,9 +138,8 @@ class Ltr(Experiment):
     )
 
     def open(self, ctx: Context) -> None:
-        from millstream.bench import labels, prompts, ranking
+        from millstream.bench import labels, ranking
         from millstream.bench.stage import Stage
-        from millstream.config.load import home
         from millstream.models.lengths import Trunk
         from millstream.sched import profiles
         from millstream.sim.published import PUBLISHED
@@ -148,18 +147,12 @@ class Ltr(Experiment):
         self.profile = profiles.load(PROFILE, PUBLISHED).sized(max_rows=SIM_SEATS)
         self.stage = Stage(MODEL)
         self.serving = labels.Serving(MODEL, CAP)
-        kept = home() / "labels" / f"{MODEL}.jsonl"
         share = QUICK_SHARE if ctx.quick else 1.0
-        found = []
-        for counts in (ranking.TRAIN, ranking.TEST):
-            wanted = {name: max(4, round(share * count)) for name, count in counts.items()}
-            asked = prompts.draw(wanted, most_chars=ranking.MOST_CHARS)
-            left = len(labels.missing(self.serving, asked, kept))
-            if left:
-                ctx.say(f"generating {left} answers, which are kept in {kept}")
-            engine, tokenizer = self.stage.model.engine, self.stage.model.tokenizer
-            found.append(labels.collect(engine, tokenizer, self.serving, asked, kept))
-        learned, self.tested = found
+        learned, self.tested = (
+            ranking.collected(self.stage.model, self.serving, counts, share, ctx.say)
+            for counts in (ranking.TRAIN, ranking.TEST)
+        )
+        tokenizer = self.stage.model.tokenizer
         ctx.say(f"learning from {len(learned)} answers")
         trunk = Trunk()
         self.files: dict[str, Path] = {}
