@@ -6,7 +6,8 @@ what the judged queries take on the mean when nothing else is there. The smalles
 is searched for. All tables that policies have come from the 20 queries; outputs are known to the engines alone. One arm
 is a list scheduler that knows every length and what follows; it is nobody's plug-in and lives in this file.
 
-Live: two engines of unlike speed in one process, and workflows of the same shape, scaled down.
+Live: two engines of unlike speed in one process answer questions over a database. Their workflows are real: SQL that a
+grammar holds to its form is executed in SQLite, and what comes of it decides which calls follow.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from millstream.cluster.protocol import Done, Member, Router
 from millstream.core.registry import Card, Choice
-from millstream.core.request import Program, Request, SamplingParams, Slo, Tokens
+from millstream.core.request import Program, Request, SamplingParams, Slo, Structured, Tokens
 from millstream.reproduce.protocol import (
     Arm,
     CheckResult,
@@ -116,8 +117,9 @@ class Clairvoyant(Router):
         self._work[place] -= self._of.pop(request.id)
 
 
-ROUTED = {
+ROUTED: dict[str, tuple[dict[str, Any], str, str]] = {
     "rr-fcfs": ({}, "round-robin", "fcfs"),
+    "lw-fcfs": ({}, "least-work", "fcfs"),
     "wb-fcfs": ({"alpha": DEFAULT_ALPHA}, "hexgen", "fcfs"),
     "rr-pq": ({"dispatch": "turns"}, "hexgen", "urgency"),
     "wb-pq": ({"alpha": DEFAULT_ALPHA}, "hexgen", "urgency"),
@@ -170,28 +172,11 @@ def kept(seconds: Sequence[float], deadline_s: float) -> float:
     return sum(one <= deadline_s for one in seconds) / len(seconds)
 
 
-def smallest(run: Callable[[float], list[float]], guess: float, tolerance: float = TOLERANCE) -> float:
-    """The smallest deadline that SHARE of the workflows keep when it is what they are told, within `tolerance`.
+def smallest(run: Callable[[float], list[float]], guess: float) -> float:
+    """The smallest deadline that SHARE of the workflows keep when it is what they are told, looked for from `guess`."""
+    from millstream.sim import report
 
-    It is looked for downwards from one that holds, as far as the first that does not.
-    """
-
-    def holds(deadline: float) -> bool:
-        return in_time(run(deadline)) <= deadline
-
-    step, high = 1.12, guess
-    if holds(high):
-        low = high / step
-        while holds(low):
-            high, low = low, low / step
-    else:
-        low, high = high, high * step
-        while not holds(high):
-            low, high = high, high * step
-    while high / low > 1 + tolerance:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+    return 1 / report.largest(lambda tight: in_time(run(1 / tight)) <= 1 / tight, 1 / guess, TOLERANCE, step=1.12)
 
 
 def pool_of(times: int, seed: int, judged: int | None = None) -> Pool:
@@ -241,22 +226,29 @@ class HexgenText2Sql(Experiment):
     title = "Workflows with deadlines on engines of unlike speed"
     arms = (
         Arm("rr-fcfs", "engines in turn, first come first served", ("router:round-robin", "policy:fcfs")),
+        Arm("lw-fcfs", "fewest prompt tokens for its speed, fcfs", ("router:least-work", "policy:fcfs")),
         Arm("wb-fcfs", "workload-balanced dispatch, fcfs", ("router:hexgen", "policy:fcfs")),
         Arm("rr-pq", "engines in turn, urgency queues", ("router:hexgen", "policy:urgency")),
         Arm("wb-pq", f"both, alpha {DEFAULT_ALPHA}", ("router:hexgen", "policy:urgency")),
         Arm("wb-pq-cumulative", "the same, by all work that was ever sent", ("router:hexgen", "policy:urgency")),
         Arm("hexgen", "both, alpha tuned on the first part of the trace", ("router:hexgen", "policy:urgency")),
+        Arm("hexgen-call", "that alpha, tables of calls and the time they occupy", ("router:hexgen", "policy:urgency")),
         Arm("best-alpha", "both, the best fixed alpha in hindsight", ("router:hexgen", "policy:urgency")),
         Arm("clairvoyant", "a list scheduler that knows all lengths (oracle)", ("policy:urgency",)),
         Arm("rr-fcfs-16", "16 engines: in turn, fcfs", ("router:round-robin", "policy:fcfs")),
+        Arm("lw-fcfs-16", "16 engines: fewest prompt tokens, fcfs", ("router:least-work", "policy:fcfs")),
         Arm("hexgen-16", "16 engines: both, alpha tuned on four", ("router:hexgen", "policy:urgency")),
         Arm("live-rr-fcfs", "two real engines: in turn, fcfs", ("router:round-robin", "policy:fcfs")),
-        Arm("live-wb-pq", "two real engines: both, alpha 0.5", ("router:hexgen", "policy:urgency")),
+        Arm("live-lw-fcfs", "two real engines: fewest prompt tokens, fcfs", ("router:least-work", "policy:fcfs")),
+        Arm("live-wb-fcfs", "two real engines: balanced, fcfs", ("router:hexgen", "policy:fcfs")),
+        Arm("live-rr-pq", "two real engines: in turn, urgency", ("router:hexgen", "policy:urgency")),
+        Arm("live-wb-pq", f"two real engines: both, alpha {DEFAULT_ALPHA}", ("router:hexgen", "policy:urgency")),
     )
     metrics = (
         Metric("slo_scale", "", "lower", f"smallest deadline that {100 * SHARE:.0f} % keep, over the time alone"),
         Metric("attainment", "%", "higher", f"queries that end within {SCALE:g} times the time alone"),
         Metric("p95_s", "s", "lower", f"of queries, told a deadline of {SCALE:g} times the time alone"),
+        Metric("mean_s", "s", "lower", "of queries, told the same"),
         Metric("queries_per_s", "1/s", "higher", "that were answered, from the first arrival to the last end"),
         Metric("alpha", "", "", "that was used"),
     )
@@ -328,6 +320,7 @@ class HexgenText2Sql(Experiment):
     warmup = 0
     seconds = 600.0
     sources = (
+        "millstream.bench.text2sql",
         "millstream.sim.tune",
         "millstream.sim.simulate",
         "millstream.sim.workload",
@@ -347,6 +340,7 @@ class HexgenText2Sql(Experiment):
         from millstream.sim import data
 
         found: dict[str, bytes | Path] = {"trace": data.find(TRACE), "model": self.live.checksum}
+        found |= {name: data.find(name) for name in ("spider-questions", "spider-world")}
         for kind in KINDS:
             source = "splitwise-times" if kind.startswith("splitwise") else kind.rpartition("-tp")[0]
             found[source] = data.find(source)
@@ -379,7 +373,7 @@ class HexgenText2Sql(Experiment):
 
     def check(self, ctx: Context) -> CheckResult:
         """One class of engine and of calls, true lengths, and tokens of the live engines."""
-        return CheckResult((self._plain(), self._blind(ctx), self.live.check(ctx.size(2, 1))))
+        return CheckResult((self._plain(), self._blind(ctx), *self.live.check(ctx.size(3, 2))))
 
     def _plain(self) -> CheckRow:
         """Engines of one kind and calls of one stage and length of prompt: least work and fcfs, to the last time."""
@@ -417,7 +411,7 @@ class HexgenText2Sql(Experiment):
 
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
         if arm.name.startswith("live-"):
-            return self.live.measure(ctx, arm.name)
+            return self.live.measure(ctx, arm.name.removeprefix("live-"))
         name = arm.name.removesuffix("-16")
         pool = self._pool(ctx, 4 if arm.name.endswith("-16") else 1)
         if arm.name == "best-alpha":
@@ -427,11 +421,12 @@ class HexgenText2Sql(Experiment):
 
             def router() -> Router:
                 return Clairvoyant(pool.tails)
-        elif name == "hexgen":
+        elif name in ("hexgen", "hexgen-call"):
             policy, alpha = "urgency", self._alpha(ctx)
+            own = {"table": "call", "work": "occupied"} if name == "hexgen-call" else {}
 
             def router() -> Router:
-                return _hexgen(pool, alpha=alpha)
+                return _hexgen(pool, alpha=alpha, **own)
         else:
             options, plugin, policy = ROUTED[name]
 
@@ -455,9 +450,10 @@ class HexgenText2Sql(Experiment):
         out = {
             "attainment": 100 * kept(found, SCALE * base_s),
             "p95_s": in_time(found),
+            "mean_s": statistics.fmean(found),
             "queries_per_s": len(found) / first.duration_s,
         }
-        if name == "hexgen":
+        if name.startswith("hexgen"):
             out["alpha"] = alpha
         if arm.name != "wb-pq-cumulative":
             scale = in_time(found) if policy == "fcfs" else smallest(run, in_time(found))
@@ -482,42 +478,38 @@ def _hexgen(pool: Pool, **options: Any) -> Router:
 
 
 MODEL = "smollm2-135m"
-# Of lengths, for live engines; and what a query is given, over the time that it takes alone.
-SCALED_PROMPT, SCALED_OUTPUT = 80, 60
-LIVE_QUERIES, QUICK_LIVE_QUERIES = 8, 2
-LIVE_SCALE, LIVE_LOAD = 1.0, 0.9
-
-
-@dataclass(slots=True)
-class LiveCall:
-    """One call of a live workflow; `number` is its place among all, `after` those that it waits for."""
-
-    number: int
-    query: int
-    stage: str
-    ids: tuple[int, ...]
-    output: int
-    after: tuple[int, ...]
+DATABASE = "world_1"
+# Questions of the database, of which every second one says the one before it in other words. The first are shown to the
+# model, the next ones tell how long steps are, the others are asked.
+SHOWN, PROFILED = 3, 4
+LIVE_QUERIES, QUICK_LIVE_QUERIES = 6, 3
+# What a query is given, over the time that it takes alone, and how many come, over what the engines do one by one.
+LIVE_SCALE, LIVE_LOAD = 2.0, 1.0
 
 
 @dataclass(slots=True)
 class LiveRun:
-    """`ends`: seconds of each query from its arrival. `tokens` and `places` by call."""
+    """`ends`: seconds of each query from its arrival. `said`: what was written for each, step by step."""
 
     ends: list[float]
-    tokens: dict[int, list[int]]
-    places: dict[int, int]
+    answers: list[Any]
+    said: list[list[tuple[str, str]]]
+    engines: Counter[str]
     seconds: float
 
 
 class Live:
-    """Two engines of one model in one process, a thread each: weights in blocks of 4 bits, and in 32-bit floats."""
+    """Two engines of one model in one process, a thread each: weights in blocks of 4 bits, and in bfloat16.
+
+    What they write differs now and then, for they round differently, and then the work would differ with the engine.
+    So the first one writes each workflow once, alone, and the second one is held to these texts: the same tokens are
+    made at its own speed. The first one writes anew each time.
+    """
 
     def __init__(self, ctx: Context) -> None:
-        from millstream.bench import data
+        from millstream.bench import data, text2sql
         from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig, RunnerConfig, SchedConfig
         from millstream.engine.assemble import assemble
-        from millstream.sim import traces
 
         self.made = [
             assemble(
@@ -530,34 +522,25 @@ class Live:
                     seed=0,
                 ),
             )
-            for model in (ModelConfig(weights="blocks"), ModelConfig(weights="dense"))
+            for model in (ModelConfig(weights="blocks"), ModelConfig(weights="dense", dtype="bfloat16"))
         ]
         self.checksum = self.made[0].source.checksum().encode()
-        self.pool = self.made[0].tokenizer.encode(data.text("wikitext2-test")[:100_000])
-        self.queries: list[list[Any]] = []
-        for row in traces.load(TRACE):
-            if row.wave == 0 and (not self.queries or self.queries[-1][0].session != row.session):
-                self.queries.append([])
-            self.queries[-1].append(row)
-        # As in the simulation, the first queries are what is known beforehand.
-        early, self.queries = self.queries[:TUNED_ON], self.queries[TUNED_ON:]
-        by: dict[str, list[Any]] = {}
-        for row in itertools.chain(*early):
-            by.setdefault(row.stage, []).append(row)
-        self.lengths = {
-            stage: (
-                statistics.fmean(max(2, row.num_prompt // SCALED_PROMPT) for row in own),
-                statistics.fmean(max(1, row.num_output // SCALED_OUTPUT) for row in own),
-            )
-            for stage, own in by.items()
-        }
-        # What a query takes alone on each engine, for its deadline and for how many may come.
-        calls = self._calls(random.Random(0), 1)
-        self.alone_s = []
-        for place in range(2):
-            if not ctx.quick:
-                self._run("alone", calls, [0.0], 60.0, only=place)
-            self.alone_s.append(self._run("alone", calls, [0.0], 60.0, only=place).ends[0])
+        self.database = text2sql.Database(data.find("spider-world"))
+        found = text2sql.questions(data.find("spider-questions"), DATABASE)[::2]
+        self.shown, profiled, self.asked = found[:SHOWN], found[SHOWN:][:PROFILED], found[SHOWN + PROFILED :]
+        self.texts: dict[str, str] = {}  # prompt -> what the first engine writes
+        sizes: dict[str, list[tuple[int, int]]] = {}
+        encode = self.made[0].tokenizer.encode
+        for question in profiled:
+            prompts = len(self.texts)
+            (said,) = self._alone(question)
+            for (stage, text), prompt in zip(said, list(self.texts)[prompts:], strict=True):
+                sizes.setdefault(stage, []).append((len(encode(prompt)), len(encode(text)) + 1))
+        self.lengths = {stage: tuple(map(statistics.fmean, zip(*own, strict=True))) for stage, own in sizes.items()}
+        self.alone_s = [
+            statistics.fmean(self._run("rr-fcfs", [one], [0.0], 60.0, only=place).ends[0] for one in profiled)
+            for place in range(2)
+        ]
         self.deadline_s = LIVE_SCALE * statistics.fmean(self.alone_s)
         self.rate = LIVE_LOAD * sum(1 / seconds for seconds in self.alone_s)
         ctx.say(
@@ -567,23 +550,11 @@ class Live:
 
     def close(self) -> None:
         self.made.clear()
+        self.database.close()
 
-    def _calls(self, draw: random.Random, queries: int) -> list[LiveCall]:
-        found: list[LiveCall] = []
-        for query in range(queries):
-            before: tuple[int, ...] = ()
-            now: list[int] = []
-            wave = 0
-            for row in self.queries[draw.randrange(len(self.queries))]:
-                if row.wave != wave:
-                    wave, before, now = row.wave, tuple(now), []
-                length = max(2, row.num_prompt // SCALED_PROMPT)
-                start = draw.randrange(len(self.pool) - length)
-                ids = tuple(self.pool[start : start + length])
-                output = max(1, row.num_output // SCALED_OUTPUT)
-                now.append(len(found))
-                found.append(LiveCall(len(found), query, row.stage, ids, output, before))
-        return found
+    def _alone(self, *questions: Any) -> list[list[tuple[str, str]]]:
+        """What the first engine writes for each question when nothing else is there; it is kept in `texts`."""
+        return [self._run("rr-fcfs", [one], [0.0], 60.0, only=0, learn=True).said[0] for one in questions]
 
     def _engines(self, policy: str) -> list[Any]:
         from millstream.engine.assemble import build_engine
@@ -596,119 +567,136 @@ class Live:
         return out
 
     def _run(
-        self, how: str, calls: Sequence[LiveCall], arrivals: Sequence[float], deadline_s: float, only: int | None = None
+        self,
+        how: str,
+        questions: Sequence[Any],
+        arrivals: Sequence[float],
+        deadline_s: float,
+        only: int | None = None,
+        learn: bool = False,
     ) -> LiveRun:
-        """Serves all queries to their ends. With `only` on one engine."""
+        """Answers all questions, each from when it comes. With `only` on one engine, with `learn` for `texts`."""
+        from millstream.bench import text2sql
         from millstream.cluster.fleet import Fleet
         from millstream.core import registry
         from millstream.engine.thread import EngineThread
 
-        balanced = how == "live-wb-pq"
-        engines = self._engines("urgency" if balanced else "fcfs")
+        options, plugin, policy = ROUTED[how]
+        if plugin == "hexgen":
+            options = {"steps": text2sql.STEPS, "lengths": self.lengths, **options}
         # Speeds in prompt tokens a second, as far as they matter: how the two differ.
-        speeds = [1000.0 / seconds for seconds in getattr(self, "alone_s", ())[:2]]
-        speeds += [1.0] * (2 - len(speeds))
-        members = [Member(place, f"engine {place}", speeds[place]) for place in range(2)]
-        router = registry.make(
-            "router", Choice("hexgen", {"steps": STEPS, "lengths": self.lengths}) if balanced else "round-robin"
-        )
-        fleet = Fleet(router, members if only is None else [replace(members[only], place=0)])
-        threads = [EngineThread(engine) for place, engine in enumerate(engines) if only in (None, place)]
+        speeds = [1000.0 / seconds for seconds in getattr(self, "alone_s", (1.0, 1.0))]
+        members = [Member(place, f"engine {place}", speed) for place, speed in enumerate(speeds)]
+        fleet = Fleet(registry.make("router", Choice(plugin, options)), members)
+        threads = [EngineThread(engine) for engine in self._engines(policy)]
         told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        tokens: dict[int, list[int]] = {call.number: [] for call in calls}
-        places: dict[int, int] = {}
-        waiting = {call.number: set(call.after) for call in calls}
-        left = Counter(call.query for call in calls)
-        ended: dict[int, float] = {}
+        flows = [text2sql.workflow(self.database, one.text, self.shown) for one in questions]
+        run = LiveRun([0.0] * len(flows), [None] * len(flows), [[] for _ in flows], Counter(), 0.0)
+        ids = itertools.count()
+        inside: dict[int, tuple[int, list[int]]] = {}  # call -> its query, its tokens
+        waves: dict[int, dict[int, Any]] = {}  # query -> the calls that it waits for
         start = time.perf_counter()
 
-        def send(call: LiveCall, now: float) -> None:
-            program = Program(str(call.query), call.number, stage=call.stage, parents=call.after)
-            params = SamplingParams(max_tokens=call.output, temperature=0.0, ignore_eos=True)
-            request = Request(
-                call.number, (Tokens(call.ids),), params, arrival=now, program=program, slo=Slo(e2e_s=deadline_s)
-            )
-            request, place = fleet.send(request, now)
-            places[call.number] = place if only is None else only
-            thread = threads[place]
-            thread.submit(replace(request, arrival=thread.engine.clock.now()), told.put)
+        def send(query: int, asks: Sequence[Any], now: float) -> None:
+            parents = tuple(waves.get(query, ()))
+            waves[query] = {next(ids): ask for ask in asks}
+            for number, ask in waves[query].items():
+                inside[number] = (query, [])
+                request = Request(
+                    number,
+                    (Tokens(tuple(self.made[0].tokenizer.encode(ask.prompt))),),
+                    arrival=now,
+                    program=Program(str(query), number, stage=ask.stage, parents=parents),
+                    slo=Slo(e2e_s=deadline_s),
+                )
+                request, place = fleet.send(request, now, frozenset() if only is None else frozenset({1 - only}))
+                run.engines[members[place].name] += 1
+                form = ask.form if place == 0 else Structured.choice([self.texts[ask.prompt]])
+                params = SamplingParams(max_tokens=ask.max_tokens, temperature=0.0, structured=form)
+                clock = threads[place].engine.clock
+                threads[place].submit(replace(request, params=params, arrival=clock.now()), told.put)
 
         try:
-            due = sorted(range(len(arrivals)), key=arrivals.__getitem__, reverse=True)
-            while len(ended) < len(arrivals):
+            due = sorted(range(len(flows)), key=arrivals.__getitem__, reverse=True)
+            while due or inside:
                 now = time.perf_counter() - start
                 while due and arrivals[due[-1]] <= now:
-                    query = due.pop()
-                    for call in calls:
-                        if call.query == query and not call.after:
-                            send(call, now)
+                    send(due[-1], next(flows[due[-1]]), now)
+                    due.pop()
                 try:
                     chunk = told.get(timeout=max(0.0, arrivals[due[-1]] - now) if due else 60.0)
                 except queue.Empty:
                     assert due, "live engines have stalled"
                     continue
-                tokens[chunk.request_id] += chunk.tokens
+                query, tokens = inside[chunk.request_id]
+                tokens += chunk.tokens
                 if chunk.finish is None:
                     continue
                 assert chunk.error is None, chunk.error
                 now = time.perf_counter() - start
-                one = calls[chunk.request_id]
                 worked = 0.0 if chunk.metrics is None else chunk.metrics.worked_s
-                fleet.ended(one.number, Done(len(tokens[one.number]), 0, worked), now)
-                left[one.query] -= 1
-                if not left[one.query]:
-                    ended[one.query] = now - arrivals[one.query]
-                for call in calls:
-                    if one.number in waiting[call.number]:
-                        waiting[call.number].discard(one.number)
-                        if not waiting[call.number]:
-                            send(call, now)
+                fleet.ended(chunk.request_id, Done(len(tokens), 0, worked), now)
+                del inside[chunk.request_id]
+                wave = waves[query]
+                wave[chunk.request_id] = (wave[chunk.request_id], self.made[0].tokenizer.decode(tokens))
+                if any(number in inside for number in wave):
+                    continue
+                for ask, text in wave.values():
+                    run.said[query].append((ask.stage, text))
+                    if learn:
+                        self.texts[ask.prompt] = text
+                try:
+                    send(query, flows[query].send([text for _, text in wave.values()]), now)
+                except StopIteration as end:
+                    run.answers[query], run.ends[query] = end.value, now - arrivals[query]
         finally:
             for thread in threads:
                 thread.close()
-        seconds = time.perf_counter() - start
-        return LiveRun([ended[query] for query in range(len(arrivals))], tokens, places, seconds)
+        run.seconds = time.perf_counter() - start
+        return run
 
-    def _arrivals(self, draw: random.Random, queries: int) -> list[float]:
-        times = [0.0]
-        while len(times) < queries:
-            times.append(times[-1] + draw.expovariate(self.rate))
-        return times
+    def _queries(self, repeat: int, queries: int) -> list[Any]:
+        """The questions of a repeat, each time others as far as there are."""
+        return [self.asked[(repeat * queries + place) % len(self.asked)] for place in range(queries)]
 
-    def check(self, queries: int) -> CheckRow:
-        """Each call's tokens are those that its engine gives to it alone, whatever else was there and in what order."""
-        draw = random.Random(1)
-        calls = self._calls(draw, queries)
-        run = self._run("live-wb-pq", calls, [0.0] * queries, self.deadline_s)
-        alone = self._engines("fcfs")
-        same = 0
-        for call in calls:
-            found: list[int] = []
-            params = SamplingParams(max_tokens=call.output, temperature=0.0, ignore_eos=True)
-            engine = alone[run.places[call.number]]
-            engine.submit(
-                Request(call.number, (Tokens(call.ids),), params, arrival=engine.clock.now()),
-                lambda chunk, found=found: found.extend(chunk.tokens),
-            )
-            while engine.busy:
-                engine.step()
-            same += found == run.tokens[call.number]
-        used = sorted(set(run.places.values()))
-        return CheckRow(
-            "live: the tokens of each engine alone", same == len(calls), f"{same} of {len(calls)}, on engines {used}"
+    def check(self, queries: int) -> tuple[CheckRow, ...]:
+        """Texts are those of the first engine alone, and workflows differ by what SQLite says."""
+        questions = self._queries(-1, queries)
+        alone = self._alone(*questions)
+        run = self._run("wb-pq", questions, [0.0] * queries, self.deadline_s)
+        calls, errors = sum(map(len, alone)), sum(one.errors for one in run.answers)
+        return (
+            CheckRow(
+                "live: the texts of the first engine alone",
+                run.said == alone,
+                f"{calls} calls, {dict(sorted(run.engines.items()))}",
+            ),
+            CheckRow(
+                "live: what SQLite refuses or does not find is repaired",
+                sum(one.repairs for one in run.answers) > 0,
+                f"{queries} questions: {calls} calls, {sum(one.repairs for one in run.answers)} of them repairs, "
+                f"{errors} statements refused",
+            ),
         )
 
     def measure(self, ctx: Context, how: str) -> dict[str, float]:
-        draw = random.Random(ctx.seed + 50 + ctx.repeat)
         queries = ctx.size(LIVE_QUERIES, QUICK_LIVE_QUERIES)
-        calls, arrivals = self._calls(draw, queries), self._arrivals(draw, queries)
-        run = self._run(how, calls, arrivals, self.deadline_s)
+        questions, draw = self._queries(ctx.repeat, queries), random.Random(ctx.seed + 50 + ctx.repeat)
+        if self.repeat != ctx.repeat:
+            self.repeat, self.alone = ctx.repeat, self._alone(*questions)
+        arrivals = [0.0, *itertools.accumulate(draw.expovariate(self.rate) for _ in range(queries - 1))]
+        run = self._run(how, questions, arrivals, self.deadline_s)
+        ctx.expect("live: every arm has the same texts", run.said == self.alone, f"{how}, repeat {ctx.repeat}")
         found = sorted(run.ends)
         return {
             "attainment": 100 * kept(found, self.deadline_s),
             "p95_s": in_time(found),
+            "mean_s": statistics.fmean(found),
             "queries_per_s": queries / run.seconds,
         }
+
+    repeat: int | None = None
+    alone: Sequence[Any] = ()
 
 
 PLUGIN = HexgenText2Sql

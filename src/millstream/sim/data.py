@@ -342,6 +342,12 @@ SETS = {
         "none given; lengths and names of steps only",
         _first_workflows(60),
     ),
+    "spider-questions": DataSet(
+        "text2sql_spider/questions.jsonl", "cloudera/spiderman", "c11367b8dbe1", "", "CC BY-SA 4.0"
+    ),
+    "spider-world": DataSet(
+        "text2sql_spider/databases/world_1.sqlite", "cloudera/spiderman", "c11367b8dbe1", "", "CC BY-SA 4.0"
+    ),
     "splitwise-times": DataSet(
         "profiles_splitwise/perf_model.csv.gz",
         "Mutinifni/splitwise-sim",

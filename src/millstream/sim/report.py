@@ -245,22 +245,23 @@ def capacity(
     return largest(lambda rate: attainment(run(rate), slo) >= share, low, tolerance)
 
 
-def largest(keeps: Callable[[float], bool], low: float, tolerance: float = 0.03) -> float:
+def largest(keeps: Callable[[float], bool], low: float, tolerance: float = 0.03, step: float = 2.0) -> float:
     """The largest value that keeps a limit which smaller ones keep too, within `tolerance` of it.
 
-    `low` is where the search begins. 0 where not even a hundredth of `low` will do.
+    `low` is where the search begins, `step` the factor by which it goes on from there. 0 where not even a hundredth of
+    `low` will do.
     """
     first = low
     if keeps(low):
-        high = 2 * low
+        high = step * low
         while keeps(high):
-            low, high = high, 2 * high
+            low, high = high, step * high
             if high > first * 2**20:
                 return low
     else:
-        high, low = low, low / 2
+        high, low = low, low / step
         while not keeps(low):
-            high, low = low, low / 2
+            high, low = low, low / step
             if low < first / 100:
                 return 0.0
     while high / low > 1 + tolerance:

@@ -22,6 +22,10 @@ where W is the work that is there and has not ended, by the same table, and base
 as if it had this one call, so that the ratio is always a number. `work="cumulative"` counts all that was ever sent, as
 the paper's code does. For one class of engine and one of calls this is the engine with the fewest calls, the first of
 several.
+
+Two things that the paper does not do. `table="call"`: a call's own prompt, whose length is known, stands for the mean
+of its step. `work="occupied"`: calls decode side by side, so what one takes of an engine's time is its prompt and a
+share of its decoding, `rows` others having theirs; t counts a long output as if it held the engine alone.
 """
 
 from __future__ import annotations
@@ -36,8 +40,9 @@ from millstream.core.registry import Card
 from millstream.core.request import Request
 from millstream.core.shape import StepShape
 
-WORK = ("outstanding", "cumulative")
+WORK = ("outstanding", "occupied", "cumulative")
 DISPATCH = ("fit", "turns")
+TABLE = ("step", "call")
 # What is left of a deadline that has passed: budgets are above 0.
 LATE_S = 1e-6
 # Steps of one workflow that are learned from; a session may have thousands of calls.
@@ -48,17 +53,18 @@ MOST_WAVES = 256
 class Config:
     """`alpha`: 1 looks at nothing but how fast a step is on an engine, 0 at nothing but what waits there.
 
-    `slo_s`: the deadline of workflows that name none (None: none, and no budgets). `work`: outstanding or cumulative.
-    `dispatch`: fit, or turns (engines in turn, with budgets all the same, for comparison). `steps`: the template.
-    `lengths`: step -> (prompt, output) tokens. `rows`: how many are taken to decode beside a call. `start_output`:
-    tokens of outputs of which nothing is known. `quiet_s`: a workflow has ended when it has had nothing inside for so
-    long. `remember`: workflows that are kept, the oldest forgotten first.
+    `slo_s`: the deadline of workflows that name none (None: none, and no budgets). `work`: outstanding, occupied or
+    cumulative. `table`: of steps, or of calls. `dispatch`: fit, or turns (engines in turn, with budgets all the same,
+    for comparison). `steps`: the template. `lengths`: step -> (prompt, output) tokens. `rows`: how many are taken to
+    decode beside a call. `start_output`: tokens of outputs of which nothing is known. `quiet_s`: a workflow has ended
+    when it has had nothing inside for so long. `remember`: workflows that are kept, the oldest forgotten first.
     """
 
     alpha: float = 0.5
     slo_s: float | None = None
     work: str = "outstanding"
     dispatch: str = "fit"
+    table: str = "step"
     steps: Sequence[str] = ()
     lengths: Mapping[str, Sequence[float]] = field(default_factory=dict)
     rows: int = 8
@@ -71,7 +77,7 @@ class Config:
             raise ValueError(f"alpha is a number from 0 to 1, got {self.alpha!r}")
         if self.slo_s is not None and not (_number(self.slo_s) and self.slo_s > 0):
             raise ValueError(f"slo_s is a number above 0, got {self.slo_s!r}")
-        for name, allowed in (("work", WORK), ("dispatch", DISPATCH)):
+        for name, allowed in (("work", WORK), ("dispatch", DISPATCH), ("table", TABLE)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if isinstance(self.steps, str) or not all(isinstance(step, str) for step in self.steps):
@@ -122,12 +128,13 @@ class Hexgen(Router):
         self.config = config
         self._seen: dict[str, _Mean] = {}  # step -> prompt and output tokens of calls that ended
         self._took: dict[tuple[str, int], _Mean] = {}  # step, place -> seconds of service
-        self._priced: dict[str, dict[int, float]] = {}  # step -> place -> t, until something of the step ends
+        # step -> place, prompt -> t and the time of the engine that it takes, until something of the step ends
+        self._priced: dict[str, dict[tuple[int, int], tuple[float, float]]] = {}
         self._workflows: OrderedDict[tuple[str, str], _Workflow] = OrderedDict()
         self._quiet: OrderedDict[tuple[str, str], None] = OrderedDict()
         # By step, and how often it had been there before: workflows that had it, and all steps that followed it.
         self._followed: dict[tuple[str, int], tuple[int, Counter[str]]] = {}
-        self._outstanding: dict[int, Counter[str]] = {}  # place -> calls of each step
+        self._outstanding: dict[int, Counter[tuple[str, int]]] = {}  # place -> calls of each step and prompt
         self._sent_s: dict[int, float] = {}  # place -> seconds of work that were ever sent
         self._next = 0
         self._chosen: tuple[int, int] | None = None  # request, place
@@ -147,19 +154,27 @@ class Hexgen(Router):
         return float(request.num_prompt), float(request.hints.expected_output_len or self.config.start_output)
 
     def seconds(self, step: str, member: Member, request: Request | None = None) -> float:
-        """t(step, engine), above 0."""
+        """t(step, engine), above 0; of a call of its own where the table is one of calls."""
+        return self._times(step, self._prompt(request), member, request)[0]
+
+    def _prompt(self, request: Request | None) -> int:
+        """What of a prompt the table goes by: its length, or 0 where a step stands for all its calls."""
+        return request.num_prompt if request is not None and self.config.table == "call" else 0
+
+    def _times(self, step: str, prompt: int, member: Member, request: Request | None = None) -> tuple[float, float]:
+        """How long such a call takes on an engine, and how much of the engine's time, which others share."""
         known = self._priced.setdefault(step, {})
-        seconds = known.get(member.place)
-        if seconds is None:
+        times = known.get((member.place, prompt))
+        if times is None:
+            rows, (mean, output) = self.config.rows, self.lengths(step, request)
+            alone = priced(member, prompt or mean, output, rows)
+            first = min(1.0, priced(member, prompt or mean, 1, rows) / alone) if alone > 0 else 1.0
             took = self._took.get((step, member.place))
-            if member.cost is None and took is not None:
-                seconds = took.values[0]
-            else:
-                seconds = priced(member, *self.lengths(step, request), self.config.rows)
-            seconds = max(seconds, LATE_S)
+            seconds = max(LATE_S, took.values[0] if member.cost is None and took is not None else alone)
+            times = seconds, seconds * (first + (1 - first) / rows)
             if step in self._seen or step in self.config.lengths:
-                known[member.place] = seconds
-        return seconds
+                known[member.place, prompt] = times
+        return times
 
     def _mean_seconds(self, step: str, members: Sequence[Member], request: Request | None = None) -> float:
         return sum(self.seconds(step, one, request) for one in members) / len(members)
@@ -262,11 +277,11 @@ class Hexgen(Router):
         if self.config.work == "cumulative":
             return self._sent_s.get(member.place, 0.0)
         calls = self._outstanding.get(member.place, Counter())
-        return sum(count * self.seconds(step, member) for step, count in calls.items())
+        which = 1 if self.config.work == "occupied" else 0
+        return sum(count * self._times(step, prompt, member)[which] for (step, prompt), count in calls.items())
 
     def sent(self, request: Request, place: int, now: float) -> None:
-        step = _step(request)
-        self._outstanding.setdefault(place, Counter())[step] += 1
+        self._outstanding.setdefault(place, Counter())[_step(request), self._prompt(request)] += 1
         self._sent_s[place] = self._sent_s.get(place, 0.0) + (request.hints.expected_s or 0.0)
         if (workflow := self._workflows.get(_key(request))) is not None:
             workflow.inside += 1
@@ -274,9 +289,10 @@ class Hexgen(Router):
     def ended(self, request: Request, place: int, done: Done, now: float) -> None:
         step, key = _step(request), _key(request)
         calls = self._outstanding.get(place, Counter())
-        calls[step] -= 1
-        if calls[step] <= 0:
-            del calls[step]
+        kind = (step, self._prompt(request))
+        calls[kind] -= 1
+        if calls[kind] <= 0:
+            del calls[kind]
         if done.whole:
             self._priced.pop(step, None)
             self._seen.setdefault(step, _Mean(2)).add(request.num_prompt, done.num_output)
