@@ -309,3 +309,29 @@ def test_nothing_that_plugs_in_speaks_of_the_oracle():
     root = Path(millstream.__file__).parent
     for path in ("cluster/routers/hexgen.py", "sched/policies/urgency.py"):
         assert "oracle" not in (root / path).read_text()
+
+
+# -- beyond the paper
+
+
+def test_a_table_of_calls_goes_by_the_prompt_that_is_there():
+    lengths = {"write": (40, 0)}
+    for table, seconds in (("step", 40), ("call", 100)):
+        books = fleet(lengths=lengths, table=table)
+        sent, _ = books.send(call(1, "write", length=100), 0.0)
+        assert sent.hints.expected_s == pytest.approx(seconds)
+    books = fleet(alpha=0.0, lengths=lengths, table="call")
+    places = [books.send(call(n, "write", program=f"p{n}", length=length), 0.0)[1] for n, length in ((1, 90), (2, 30))]
+    places += [books.send(call(n, "write", program=f"p{n}", length=30), 0.0)[1] for n in (3, 4, 5)]
+    assert places == [0, 1, 1, 1, 0], "three short ones come to as much as one long one"
+    books.ended(1, Done(0), 5.0)
+    assert books.router.work_s(books.members[0]) == pytest.approx(30)
+
+
+def test_occupied_time_is_the_prompt_and_a_share_of_what_is_decoded():
+    # 16 s a token of an output: 10 + 16 at once, the other 8 tokens shared by eight.
+    for work, seconds in (("outstanding", 10 + 16 * 9), ("occupied", 10 + 16 + 16 * 8 / 8)):
+        books = fleet(lengths={"write": (10, 9)}, work=work)
+        sent, place = books.send(call(1, "write"), 0.0)
+        assert books.router.work_s(books.members[place]) == pytest.approx(seconds)
+        assert sent.hints.expected_s == pytest.approx(10 + 16 * 9), "how long it takes is the same"
