@@ -12,14 +12,17 @@ grammar holds to its form is executed in SQLite, and what comes of it decides wh
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import multiprocessing
 import queue
 import random
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +144,6 @@ class Pool:
     base_s: float
     tails: dict[int, float]
     lengths: dict[str, tuple[float, float]]
-    alpha: float | None = None
 
 
 def simulate(
@@ -179,6 +181,7 @@ def smallest(run: Callable[[float], list[float]], guess: float) -> float:
     return 1 / report.largest(lambda tight: in_time(run(1 / tight)) <= 1 / tight, 1 / guess, TOLERANCE, step=1.12)
 
 
+@functools.lru_cache(maxsize=2)
 def pool_of(times: int, seed: int, judged: int | None = None) -> Pool:
     """`times` engines of each kind and as many times the rate."""
     from millstream.cluster.routers.hexgen import priced
@@ -219,6 +222,17 @@ def pool_of(times: int, seed: int, judged: int | None = None) -> Pool:
         if not call.after:
             totals[call.session] = max(totals.get(call.session, 0.0), mine)
     return Pool(replicas, window, calls, statistics.fmean(totals.values()), tails, tune.lengths(window))
+
+
+def trial(seed: int, judged: int | None, early: bool, alpha: float) -> Any:
+    """What comes of an alpha on four engines, on what is tuned on or (not `early`) what is judged. For any process."""
+    from millstream.sim import tune
+
+    pool = pool_of(1, seed, judged)
+    deadline_s = SCALE * pool.base_s
+    calls = pool.window if early else pool.calls
+    found = ends(simulate(pool, _hexgen(pool, alpha=alpha), "urgency", deadline_s, calls))
+    return tune.Trial(alpha, kept(found, deadline_s), in_time(found, 0.5), in_time(found))
 
 
 class HexgenText2Sql(Experiment):
@@ -329,10 +343,14 @@ class HexgenText2Sql(Experiment):
     )
 
     def open(self, ctx: Context) -> None:
-        self.pools: dict[tuple[int, int], Pool] = {}
+        # Grids are simulated by both cores; no time of theirs is measured.
+        self.workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+        self.tuned: dict[tuple[int, bool], Any] = {}
         self.live = Live(ctx)
 
     def close(self) -> None:
+        if (workers := getattr(self, "workers", None)) is not None:
+            workers.shutdown(cancel_futures=True)
         if (live := getattr(self, "live", None)) is not None:
             live.close()
 
@@ -348,28 +366,20 @@ class HexgenText2Sql(Experiment):
 
     # -- simulated
 
-    def _pool(self, ctx: Context, times: int = 1) -> Pool:
-        key = (times, ctx.repeat)
-        if key not in self.pools:
-            if not any(old[1] == ctx.repeat for old in self.pools):
-                self.pools.clear()
-            self.pools[key] = pool_of(times, ctx.seed + 10 * (ctx.repeat + 1), QUICK_QUERIES if ctx.quick else None)
-        return self.pools[key]
+    def _seed(self, ctx: Context) -> tuple[int, int | None]:
+        return ctx.seed + 10 * (ctx.repeat + 1), QUICK_QUERIES if ctx.quick else None
 
-    def _alpha(self, ctx: Context) -> float:
-        """Tuned on the window, for the deadline at which attainments are compared."""
+    def _best(self, ctx: Context, early: bool) -> Any:
+        """The alpha with the most in time, of equal ones that with the lowest p95: beforehand, or in hindsight."""
         from millstream.sim import tune
 
-        pool = self._pool(ctx)
-        if pool.alpha is None:
-            deadline_s = SCALE * pool.base_s
-
-            def run(alpha: float) -> Any:
-                return simulate(pool, _hexgen(pool, alpha=alpha), "urgency", deadline_s, pool.window)
-
-            alphas = QUICK_ALPHAS if ctx.quick else ALPHAS
-            pool.alpha = float(tune.grid(run, alphas, {"workflow": deadline_s}).best.value)
-        return pool.alpha
+        key = (ctx.repeat, early)
+        if key not in self.tuned:
+            found = self.workers.map(
+                functools.partial(trial, *self._seed(ctx), early), QUICK_ALPHAS if ctx.quick else ALPHAS
+            )
+            self.tuned[key] = tune.Tuned(tuple(found)).best
+        return self.tuned[key]
 
     def check(self, ctx: Context) -> CheckResult:
         """One class of engine and of calls, true lengths, and tokens of the live engines."""
@@ -413,16 +423,17 @@ class HexgenText2Sql(Experiment):
         if arm.name.startswith("live-"):
             return self.live.measure(ctx, arm.name.removeprefix("live-"))
         name = arm.name.removesuffix("-16")
-        pool = self._pool(ctx, 4 if arm.name.endswith("-16") else 1)
+        pool = pool_of(4 if arm.name.endswith("-16") else 1, *self._seed(ctx))
         if arm.name == "best-alpha":
-            return self._hindsight(ctx, pool)
+            best = self._best(ctx, early=False)
+            return {"attainment": 100 * best.attainment, "p95_s": best.p95_s, "alpha": best.value}
         if arm.name == "clairvoyant":
             policy = "urgency"
 
             def router() -> Router:
                 return Clairvoyant(pool.tails)
         elif name in ("hexgen", "hexgen-call"):
-            policy, alpha = "urgency", self._alpha(ctx)
+            policy, alpha = "urgency", self._best(ctx, early=True).value
             own = {"table": "call", "work": "occupied"} if name == "hexgen-call" else {}
 
             def router() -> Router:
@@ -455,19 +466,11 @@ class HexgenText2Sql(Experiment):
         }
         if name.startswith("hexgen"):
             out["alpha"] = alpha
-        if arm.name != "wb-pq-cumulative":
+        # A search takes several runs; these arms are compared at one deadline.
+        if arm.name not in ("wb-pq", "wb-pq-cumulative", "hexgen-call"):
             scale = in_time(found) if policy == "fcfs" else smallest(run, in_time(found))
             out["slo_scale"] = scale / base_s
         return out
-
-    def _hindsight(self, ctx: Context, pool: Pool) -> dict[str, float]:
-        """The judged part with every alpha: the one with the most in time, of equal ones that with the lowest p95."""
-        deadline_s, rows = SCALE * pool.base_s, []
-        for alpha in QUICK_ALPHAS if ctx.quick else ALPHAS:
-            found = ends(simulate(pool, _hexgen(pool, alpha=alpha), "urgency", deadline_s))
-            rows.append((-kept(found, deadline_s), in_time(found), alpha))
-        late, p95_s, alpha = min(rows)
-        return {"attainment": -100 * late, "p95_s": p95_s, "alpha": alpha}
 
 
 def _hexgen(pool: Pool, **options: Any) -> Router:
