@@ -52,6 +52,19 @@ def test_fairness() -> None:
     assert report.jain([1, 1, 1]) == 1 and report.jain([1, 0, 0, 0]) == 0.25 and report.jain([]) == 1
 
 
+@pytest.mark.parametrize("step", [1.1, 2.0])
+@pytest.mark.parametrize("low", [0.3, 5.0, 70.0])
+def test_the_largest_value_is_found_from_below_and_from_above(low: float, step: float) -> None:
+    asked: list[float] = []
+
+    def keeps(value: float) -> bool:
+        asked.append(value)
+        return value <= 5.0
+
+    assert 5.0 / 1.03 <= report.largest(keeps, low, step=step) <= 5.0
+    assert max(asked) <= max(low, 5.0 * step), "nothing far beyond it is tried"
+
+
 def test_capacity_is_the_largest_rate_that_holds() -> None:
     asked = []
 
