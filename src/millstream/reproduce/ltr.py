@@ -31,11 +31,11 @@ from millstream.reproduce.protocol import (
 )
 
 MODEL, CAP = "smollm2-135m", 512
-SEATS, LOAD = 12, 2.0
-LIVE, QUICK_LIVE = 48, 20
+SEATS, LOAD = 6, 2.0
+LIVE, QUICK_LIVE = 32, 16
 PROFILE, ENGINES = "vidur-a100-llama3-8b-tp1", 8
-SIMULATED, QUICK_SIMULATED, SIM_SEATS = 600, 120, 16
-QUICK_SHARE = 0.1
+SIMULATED, QUICK_SIMULATED, SIM_SEATS = 400, 100, 4
+QUICK_SHARE = 0.15
 POLICIES = {
     "fcfs": Choice("fcfs"),
     "ltr": Choice("ltr"),
@@ -128,6 +128,7 @@ class Ltr(Experiment):
     )
     warmup = 0
     seconds = 900.0
+    quick_seconds = 240.0
     sources = (
         "millstream.sched.scheduler",
         "millstream.bench.stage",
