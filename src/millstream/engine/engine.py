@@ -340,6 +340,8 @@ class Engine:
                 if seq.finished:
                     raise
                 self._fault(seq, _told(error))
+        if not self._heard:
+            return
         plan = flight.plan
         running = self.scheduler.num_running
         self.tell(
@@ -378,8 +380,9 @@ class Engine:
             seq.computed += settled.kept
             if settled.kept < count:
                 self.scheduler.ledger.rollback(seq, seq.computed)
-            told = Prefilled if count > 1 or extend.start < seq.num_prompt else Computed
-            self.tell(told(now, seq.view, extend.start, settled.kept))
+            if self._heard:
+                told = Prefilled if count > 1 or extend.start < seq.num_prompt else Computed
+                self.tell(told(now, seq.view, extend.start, settled.kept))
         if extend.score is not None:
             self._place_scores(seq, extend, settled)
         if settled.vector is not None:
@@ -419,8 +422,10 @@ class Engine:
         seq.stamps.first_token = now if seq.stamps.first_token is None else seq.stamps.first_token
         seq.stamps.last_token = now
         kept = tuple(logprobs[: len(taken)])
-        seq.cumulative_logprob += sum(entry.chosen.logprob for entry in kept)
-        self.tell(Emitted(now, seq.view, len(taken)))
+        if kept:
+            seq.cumulative_logprob += sum(entry.chosen.logprob for entry in kept)
+        if self._heard:
+            self.tell(Emitted(now, seq.view, len(taken)))
         if reason is None:
             prompt_logprobs = None
             if seq.num_output == len(taken) and seq.request.params.prompt_logprobs is not None:
@@ -620,6 +625,11 @@ class Engine:
     @staticmethod
     def _usage(seq: Sequence) -> Usage:
         return Usage(seq.num_prompt, seq.num_output, min(seq.cached, seq.num_prompt))
+
+    @property
+    def _heard(self) -> bool:
+        """Whether anybody hears of events: what is told for every row of every step is not made for nobody."""
+        return bool(self.listeners) or self.scheduler.policy.observes
 
     def tell(self, event: Event) -> None:
         """Has policies and listeners hear of what happened."""

@@ -42,17 +42,24 @@ class BlockPool:
 
     def references(self, block: int) -> int:
         """How many hold `block`, a prefix index included."""
-        self._known(block)
+        if not 0 <= block < self.num_blocks:
+            self._known(block)
         return self._refs[block]
 
+    def is_single(self, block: int) -> bool:
+        """Whether somebody holds `block`, and nobody else; of NO_BLOCK it is false."""
+        return block >= 0 and self._refs[block] == 1
+
     def is_remembered(self, block: int) -> bool:
-        self._known(block)
-        return bool(self._remembered[block])
+        if not 0 <= block < self.num_blocks:
+            self._known(block)
+        return self._remembered[block] == 1
 
     def is_idle(self, block: int) -> bool:
         """Whether nobody but a prefix index holds `block`."""
-        self._known(block)
-        return bool(self._remembered[block]) and self._refs[block] == 1
+        if not 0 <= block < self.num_blocks:
+            self._known(block)
+        return self._refs[block] == 1 and self._remembered[block] == 1
 
     def take(self) -> int:
         """A free block, now with one reference. Raises OutOfBlocks."""
@@ -61,6 +68,18 @@ class BlockPool:
         block = self._free.pop()
         self._refs[block] = 1
         return block
+
+    def take_some(self, count: int) -> tuple[int, ...]:
+        """So many free blocks, as `take` gives them one by one. Raises OutOfBlocks, and takes none."""
+        if count > len(self._free):
+            raise OutOfBlocks(f"{count} blocks are taken, but {len(self._free)} of {self.num_blocks} are free")
+        if count <= 0:
+            return ()
+        taken = tuple(self._free[: -count - 1 : -1])
+        del self._free[-count:]
+        for one in taken:
+            self._refs[one] = 1
+        return taken
 
     def take_run(self, count: int) -> tuple[int, ...] | None:
         """The lowest `count` free blocks with ids in a row, one reference each; None when there is no such run."""
@@ -86,14 +105,16 @@ class BlockPool:
 
     def share(self, block: int) -> None:
         """One more reference to a block that somebody holds."""
-        self._held(block, "shared")
+        if not (0 <= block < self.num_blocks and self._refs[block]):
+            self._refuse(block, "shared")
         if self._refs[block] == 1 and self._remembered[block]:
             self.idle -= 1
         self._refs[block] += 1
 
     def release(self, block: int) -> bool:
         """Gives up one reference that is not the index's; True when the block became free."""
-        self._held(block, "released")
+        if not (0 <= block < self.num_blocks and self._refs[block]):
+            self._refuse(block, "released")
         if self._refs[block] == 1:
             if self._remembered[block]:
                 raise BlockFault(f"block {block} is released, but only the prefix index holds it")
@@ -109,7 +130,8 @@ class BlockPool:
 
     def remember(self, block: int) -> None:
         """The index takes its one reference to a block that somebody holds."""
-        self._held(block, "remembered")
+        if not (0 <= block < self.num_blocks and self._refs[block]):
+            self._refuse(block, "remembered")
         if self._remembered[block]:
             raise BlockFault(f"block {block} is remembered already")
         self._remembered[block] = 1
@@ -117,7 +139,8 @@ class BlockPool:
 
     def forget(self, block: int) -> bool:
         """The index gives its reference up; True when the block became free."""
-        self._held(block, "forgotten")
+        if not (0 <= block < self.num_blocks and self._refs[block]):
+            self._refuse(block, "forgotten")
         if not self._remembered[block]:
             raise BlockFault(f"block {block} is forgotten, but was not remembered")
         self._remembered[block] = 0
@@ -142,7 +165,6 @@ class BlockPool:
         if not 0 <= block < self.num_blocks:
             raise BlockFault(f"there is no block {block}; blocks are 0 to {self.num_blocks - 1}")
 
-    def _held(self, block: int, what: str) -> None:
+    def _refuse(self, block: int, what: str) -> None:
         self._known(block)
-        if self._refs[block] == 0:
-            raise BlockFault(f"block {block} is {what}, but it is free")
+        raise BlockFault(f"block {block} is {what}, but it is free")

@@ -83,6 +83,7 @@ class Ledger:
         self._windows = tuple(
             (group.name, group.window) for group in groups if group.keep is Keep.WINDOW and group.window is not None
         )
+        self._recurrent = any(group.keep is Keep.RECURRENT for group in groups)
         self._held: dict[int, _Held] = {}
         self._moves: list[Move] = []
         self._stats: Counter[str] = Counter()
@@ -103,6 +104,8 @@ class Ledger:
 
     def room(self, seq: Sequence, n: int) -> int:
         """How many of the next `n` tokens, from `seq.next_start` on, could get slots now in every group."""
+        if self._owns_slots(seq, n):
+            return n
         start = seq.next_start
         if self._is_swapped(seq):
             return 0
@@ -126,6 +129,8 @@ class Ledger:
 
     def blocks_needed(self, seq: Sequence, n: int) -> int:
         """Blocks that `n` more tokens would take in the group that takes the most, copies of shared ones included."""
+        if self._owns_slots(seq, n):
+            return 0
         return max(new + len(shared) for new, shared in (self._wanted(group, seq, n) for group in self.groups))
 
     def match(self, seq: Sequence, now: float) -> int:
@@ -208,6 +213,11 @@ class Ledger:
         if n <= 0:
             return
         start, stop = seq.next_start, seq.next_start + n
+        if self._owns_slots(seq, n):
+            for name, holding in seq.holdings.items():
+                if stop > holding.length:
+                    seq.holdings[name] = Holding(name, holding.blocks, stop)
+            return
         if self._is_swapped(seq):
             raise BlockFault(f"sequence {seq.id} grows, but it is swapped out")
         wants = [self._wanted(group, seq, n) for group in self.groups]
@@ -526,6 +536,21 @@ class Ledger:
             return range(min(1, num_held))
         return range(start // self.block_size, min(num_held, -(-stop // self.block_size)))
 
+    def _owns_slots(self, seq: Sequence, n: int) -> bool:
+        """Whether the next `n` tokens fall into one block of each group, which it holds on the device and alone.
+
+        So it is with nearly every token of an output, for which nothing else is worked out.
+        """
+        start = seq.computed + seq.in_flight
+        place = start // self.block_size
+        if n <= 0 or (start + n - 1) // self.block_size != place or not seq.holdings or self._recurrent:
+            return False
+        for name, holding in seq.holdings.items():
+            blocks = holding.blocks
+            if holding.tier is not Tier.DEVICE or place >= len(blocks) or not self._pools[name].is_single(blocks[place]):
+                return False
+        return True
+
     def _wanted(self, group: CacheGroup, seq: Sequence, n: int) -> tuple[int, list[int]]:
         """How many new blocks `n` more tokens take, and which of the table must be copied first."""
         if n <= 0:
@@ -542,7 +567,7 @@ class Ledger:
         pool = self._pools[name]
         if pool.num_free < count:
             self._evict(name, count - pool.num_free, now)
-        return tuple(pool.take() for _ in range(count))
+        return pool.take_some(count)
 
     def _evict(self, name: str, count: int, now: float) -> None:
         self._stats["evicted_blocks"] += self.index.evict(name, count, now)

@@ -73,6 +73,8 @@ class Policy(Protocol):
     """Whether `displaces` is ever true; where no policy of an engine is, nobody is asked."""
     needs_cost: bool = False
     """Whether it cannot do without `LoadView.cost`."""
+    constant_rank: bool = False
+    """Whether a sequence has one rank from its first to its last step here, so that it is asked for once."""
 
     @abstractmethod
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:

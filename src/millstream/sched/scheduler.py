@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
@@ -49,6 +50,9 @@ class Scheduler:
             )
         self.policy = PolicyStack(policies)
         self.meters = list(meters)
+        # Who has no opinion is not asked.
+        self._closing = [meter for meter in self.meters if type(meter).closed is not Meter.closed]
+        self._outgrowing = [meter for meter in self.meters if type(meter).outgrown is not Meter.outgrown]
         self.preemption = preemption
         self.observe = observe
         self.cost = cost
@@ -63,9 +67,16 @@ class Scheduler:
         self._places: list[tuple[int, Sequence]] = []  # who may be displaced in this pass, in order
         self._outgrew = False  # whether somebody gave up its place in the last pass to ask for a larger one
         self._hits: dict[int, tuple[int, int]] = {}  # of those that wait: when it was looked up, in passes, and the hit
+        # Where ranks never change: everybody who has one, in order, beside their ranks; and who has none yet.
+        self._line: list[Sequence] = []
+        self._ranks: list[tuple[float, ...]] = []
+        self._rank_of: dict[int, tuple[float, ...]] = {}
+        self._unranked: dict[int, Sequence] = {}
 
     def add(self, seq: Sequence) -> None:
         self.live[seq.id] = seq
+        if self.policy.constant_rank:
+            self._unranked[seq.id] = seq
         if seq.request.background:
             self._background[seq.id] = seq
 
@@ -74,6 +85,10 @@ class Scheduler:
         del self.live[seq.id]
         self._background.pop(seq.id, None)
         self._hits.pop(seq.id, None)
+        self._unranked.pop(seq.id, None)
+        if (rank := self._rank_of.pop(seq.id, None)) is not None:
+            place = bisect_left(self._ranks, rank)
+            del self._ranks[place], self._line[place]
         self.ledger.release(seq, now, remember)
         seq.state = State.FINISHED
         self._forgotten.append(seq.id)
@@ -84,7 +99,8 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len([1 for seq in self.live.values() if seq.state is State.RUNNING])
+        running = State.RUNNING
+        return len([1 for seq in self.live.values() if seq.state is running])
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can be launched now.
@@ -128,16 +144,15 @@ class Scheduler:
             self._places = [
                 (place, seq) for place, seq in enumerate(order) if seq.state is State.RUNNING and not seq.gates
             ]
+        running = State.RUNNING
         for place, seq in enumerate(order):
-            if seq.gates or seq.id in out or seq.left <= 0:
+            waits = seq.state is not running
+            if (waits and held) or seq.gates or seq.id in out or seq.left <= 0:
                 continue
-            if seq.state is not State.RUNNING:
-                if not held and (closed := [meter for meter in self.meters if meter.closed()]):
-                    other = self._last_after(place) if all(meter.counts_places for meter in closed) else None
-                    held = other is None
-                    if other is not None and not self.policy.displaces(seq.view, other.view, view):
-                        continue
-                if held:
+            if waits and (closed := [meter for meter in self._closing if meter.closed()]):
+                other = self._last_after(place) if all(meter.counts_places for meter in closed) else None
+                held = other is None
+                if other is None or not self.policy.displaces(seq.view, other.view, view):
                     continue
             try:
                 extend, holds = self._offer(seq, order, place, out, view, now)
@@ -151,6 +166,8 @@ class Scheduler:
 
     def _order(self, view: LoadView) -> list[Sequence]:
         """Everybody that no fault has ended, the first in rank first."""
+        if self.policy.constant_rank:
+            return self._in_line(view)
         ranked: list[tuple[tuple[float, ...], Sequence]] = []
         faults, aside, rank = self._faults, self._aside, self.policy.rank
         for seq_id, seq in self.live.items():
@@ -161,6 +178,26 @@ class Scheduler:
                     faults[seq_id] = (seq, error)
         ranked.sort(key=_rank)
         return [seq for _, seq in ranked]
+
+    def _in_line(self, view: LoadView) -> list[Sequence]:
+        """The same where ranks never change: who came since the last step is put where it belongs."""
+        faults, aside = self._faults, self._aside
+        for seq_id, seq in [*self._unranked.items()]:
+            if seq_id in aside or seq_id in faults:
+                continue
+            try:
+                rank = self.policy.rank(seq.view, view)
+            except Exception as error:
+                faults[seq_id] = (seq, error)
+                continue
+            del self._unranked[seq_id]
+            place = bisect_left(self._ranks, rank)
+            self._ranks.insert(place, rank)
+            self._line.insert(place, seq)
+            self._rank_of[seq_id] = rank
+        if faults or aside:
+            return [seq for seq in self._line if seq.id not in faults and seq.id not in aside]
+        return self._line
 
     def _offer(
         self, seq: Sequence, order: list[Sequence], place: int, out: set[int], view: LoadView, now: float
@@ -182,7 +219,7 @@ class Scheduler:
                 elif not self._displace(seq, place, out, view, now):
                     # Nobody overtakes a sequence that waits for blocks: small ones would starve it.
                     return None, True
-        elif any(meter.outgrown(seq) for meter in self.meters):
+        elif self._outgrowing and any(meter.outgrown(seq) for meter in self._outgrowing):
             self._preempt(seq, now)
             out.add(seq.id)
             self._outgrew = True
@@ -190,7 +227,7 @@ class Scheduler:
         n = self._fit(seq)
         while n == 0 and entering and self._displace(seq, place, out, view, now):
             n = self._fit(seq)
-        while (holder := self._aside_holder()) is not None and n < self._most(seq):
+        while self._aside and (holder := self._aside_holder()) is not None and n < self._most(seq):
             self._preempt(holder, now)
             n = self._fit(seq)
         while n == 0 and not entering and self._would_fit(seq):
@@ -235,8 +272,11 @@ class Scheduler:
         live: Iterable[Sequence] = self.live.values()
         if self._aside:
             live = [seq for seq in live if seq.id not in self._aside]
-        waiting = [seq.view for seq in live if seq.state is not State.RUNNING]
-        running = [seq.view for seq in live if seq.state is State.RUNNING]
+        waiting: list[SeqView] = []
+        running: list[SeqView] = []
+        runs = State.RUNNING
+        for seq in live:
+            (running if seq.state is runs else waiting).append(seq.view)
         free, total = self.ledger.free(), self.ledger.total()
         view = LoadView(now, free, total, waiting, running, self._hit, self.cost, self.ledger.block_size)
         view.budget = self.policy.budget(view)
@@ -361,7 +401,8 @@ class Scheduler:
         start = seq.next_start
         stop = start + n
         tokens = tuple(seq.tokens[start:stop])
-        tokens += (FROM_PREVIOUS,) * (n - len(tokens))
+        if len(tokens) < n:
+            tokens += (FROM_PREVIOUS,) * (n - len(tokens))
         sample = seq.method.ask(seq, stop) if stop == seq.known else None
         extend = Extend(
             seq.id,
@@ -369,7 +410,7 @@ class Scheduler:
             tokens,
             tuple(seq.holdings.values()),
             sample=sample,
-            score=_score_ask(seq, start, stop),
+            score=None if seq.request.params.prompt_logprobs is None else _score_ask(seq, start, stop),
             adapter=seq.request.adapter,
             decode=seq.decode.name,
         )

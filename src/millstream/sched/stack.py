@@ -18,11 +18,17 @@ class PolicyStack:
     def __init__(self, policies: Seq[Policy]) -> None:
         self.policies = tuple(policies)
         self.preemptive = any(policy.preemptive for policy in self.policies)
+        self.constant_rank = all(policy.constant_rank for policy in self.policies)
         # Who has no opinion is not asked.
         self._admitting = [policy for policy in self.policies if type(policy).admit is not Policy.admit]
         self._budgeting = [policy for policy in self.policies if type(policy).budget is not Policy.budget]
         self._observing = [policy for policy in self.policies if type(policy).observe is not Policy.observe]
         self._failed: list[Policy] = []
+
+    @property
+    def observes(self) -> bool:
+        """Whether any policy hears of events."""
+        return bool(self._observing)
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
         if len(self.policies) == 1:
@@ -39,6 +45,8 @@ class PolicyStack:
         return Verdict.ADMIT
 
     def budget(self, view: LoadView) -> Budget:
+        if not self._budgeting:
+            return Budget()
         budgets = [policy.budget(view) for policy in self._budgeting]
         return Budget(
             tokens=min((b.tokens for b in budgets if b.tokens is not None), default=None),

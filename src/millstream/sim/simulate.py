@@ -21,7 +21,7 @@ from millstream.core import registry
 from millstream.core.client import Chunk
 from millstream.core.clock import VirtualClock
 from millstream.core.errors import BadRequest
-from millstream.core.events import Event, Preempted, Stepped
+from millstream.core.events import Event, Stepped
 from millstream.core.request import Prior, Request, SamplingParams, Slo, Tokens
 from millstream.sched.profiles import Profile
 from millstream.sim.leap import earliest_end, leap
@@ -165,7 +165,7 @@ class Simulation:
         self.open_calls = len(calls)
         self._failures = tuple(failures)
         self._scaler: Scaler | None = None
-        self.steps = 0
+        self._lost_steps = 0  # of engines that are gone
         self._busy_s = [0.0] * len(self.replicas)
         for call in self._releases.first:
             self.at(call.at_s, self._arrive, call)
@@ -188,9 +188,11 @@ class Simulation:
 
     def _replica(self, place: int, name: str, profile: Profile) -> Replica:
         def hear(event: Event) -> None:
-            self._hear(place, event)
+            if type(event) is Stepped:
+                self._keep_step(place, event)
 
-        return build(name, profile, self.setting, self.clock, self.seed + place, (hear,))
+        # What nobody hears of is not told.
+        return build(name, profile, self.setting, self.clock, self.seed + place, (hear,) if self._keep else ())
 
     def at(self, when: float, work: Callable[..., None], *given: object, inside: bool = False) -> None:
         """Has something done at a time. Not `inside`: it may change what engines do, who never leap beyond it."""
@@ -209,6 +211,7 @@ class Simulation:
         served = [self._served[call.id] for call in self.calls if call.id in self._served]
         for place, replica in enumerate(self.replicas):
             self._busy_s[place] += replica.runner.busy_s
+        steps = self._lost_steps + sum(replica.engine.num_steps for replica in self.replicas)
         ends = [one.ended_s for one in served if one.ended_s is not None]
         start = min((one.arrival_s for one in served), default=0.0)
         scaling = None
@@ -216,7 +219,7 @@ class Simulation:
             scaling = self._scaler.log
             scaling.end_s = max(ends, default=start)
         return Result(
-            served, self.replicas, max(ends, default=start) - start, self.steps, self._busy_s, self.made, scaling
+            served, self.replicas, max(ends, default=start) - start, steps, self._busy_s, self.made, scaling
         )
 
     # -- what happens
@@ -278,11 +281,15 @@ class Simulation:
 
     def _hear_chunk(self, place: int, call: Call, chunk: Chunk) -> None:
         served, now = self._served[call.id], self.clock.now()
-        served.times_s += [now] * len(chunk.tokens)
-        if chunk.usage is not None:
-            served.cached = max(served.cached, chunk.usage.cached_tokens)
+        if len(chunk.tokens) == 1:
+            served.times_s.append(now)
+        else:
+            served.times_s += [now] * len(chunk.tokens)
+        if chunk.usage is not None and chunk.usage.cached_tokens > served.cached:
+            served.cached = chunk.usage.cached_tokens
         if chunk.finish is not None:
             served.ended_s, served.finish, served.error = now, chunk.finish.value, chunk.error or ""
+            served.preemptions += 0 if chunk.metrics is None else chunk.metrics.preemptions
             replica = self.replicas[place]
             replica.inside.discard(call.id)
             worked = 0.0 if chunk.metrics is None else chunk.metrics.worked_s
@@ -299,27 +306,19 @@ class Simulation:
         if self.progress is not None:
             self.progress()
 
-    def _hear(self, place: int, event: Event) -> None:
-        if type(event) is Stepped:
-            self.steps += 1
-            if self._keep:
-                start = event.now - event.seconds
-                self.made.append(
-                    StepMade(
-                        place,
-                        start,
-                        event.seconds,
-                        event.rows,
-                        event.tokens,
-                        event.prompt_tokens,
-                        event.waiting,
-                        event.running,
-                    )
-                )
-        elif type(event) is Preempted:
-            served = self._served.get(event.seq.request_id)
-            if served is not None:
-                served.preemptions += 1
+    def _keep_step(self, place: int, event: Stepped) -> None:
+        self.made.append(
+            StepMade(
+                place,
+                event.now - event.seconds,
+                event.seconds,
+                event.rows,
+                event.tokens,
+                event.prompt_tokens,
+                event.waiting,
+                event.running,
+            )
+        )
 
     def _kick(self, place: int) -> None:
         """Has an idle engine make a step, where there is one to make."""
@@ -339,7 +338,6 @@ class Simulation:
         if self._leaps and (times := leap(replica, self.clock.now(), self._quiet_until(place))):
             for number in replica.inside:
                 self._served[number].times_s += times
-            self.steps += len(times)
             replica.runner.free_at = times[-1]
             replica.busy = True
             self.at(times[-1], self._go_on, place, epoch, inside=True)
@@ -371,6 +369,8 @@ class Simulation:
         elif not self.replicas[place].up:
             return
         inside = [request.id for request in self.fleet.lost(place, now)]
+        for seq in self.replicas[place].engine.scheduler.live.values():
+            self._served[seq.request.id].preemptions += seq.preemptions
         self._empty(place)
         for number in inside:
             served = self._served[number]
@@ -383,6 +383,7 @@ class Simulation:
         """A fresh replica in the place of another, not up yet."""
         replica = self.replicas[place]
         self._busy_s[place] += replica.runner.busy_s
+        self._lost_steps += replica.engine.num_steps
         fresh = self._replica(place, replica.name, replica.profile)
         fresh.up, fresh.epoch, fresh.served = False, replica.epoch + 1, replica.served
         self.replicas[place] = fresh

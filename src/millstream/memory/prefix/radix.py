@@ -195,9 +195,9 @@ class Radix:
         for i in range(node.depth, -(-length // size)):
             piece = tuple(tokens[i * size : min((i + 1) * size, length)])
             mine = [table[i] if i < len(table) else NO_BLOCK for table in tables]
-            child = node.children.get(piece)
+            child = node.children.get(piece) if node.children else None
             if child is None:
-                if any(mine[g] == NO_BLOCK or self._pools[g].is_remembered(mine[g]) for g in self._full):
+                if not self._new(mine):
                     break
                 if len(piece) < size:
                     near = bisect_left(node.order, piece)
@@ -234,20 +234,29 @@ class Radix:
         heap, pool = self._heaps[g], self._pools[g]
         leaf_first = g in self._full
         before = pool.num_free
-        while heap and pool.num_free - before < num_blocks:
-            key, _, _, node = heapq.heappop(heap)
+        entry: _Entry | None = None  # comes into the heap next: the node above one that went, mostly the next to go
+        while pool.num_free - before < num_blocks and (heap or entry is not None):
+            key, _, _, node = heapq.heappop(heap) if entry is None else heapq.heappushpop(heap, entry)
+            entry = None
             node.queued &= ~(1 << g)
             # What is not ready now is queued again when it becomes idle, or a leaf.
             if not self._ready(node, g):
                 continue
             if self._key(node) > key:
-                self._queue(node, g)
+                entry = self._entry(node, g)
             elif leaf_first:
-                self._remove(node)
+                above = self._take_out(node)
+                for other in self._full if above is not None else ():
+                    if above is not None and other != g and self._ready(above, other):
+                        self._queue(above, other)
+                if above is not None and self._ready(above, g):
+                    entry = self._entry(above, g)
             else:
                 self._give_up(node, g)
                 if not node.children and all(block == NO_BLOCK for block in node.blocks):
                     self._remove(node)
+        if entry is not None:
+            heapq.heappush(heap, entry)
         return pool.num_free - before
 
     def forget(self, key: Hashable) -> int:
@@ -331,13 +340,23 @@ class Radix:
             break
         return path
 
+    def _new(self, blocks: Sequence[int]) -> bool:
+        """Whether of each group that keeps all there is a block, which the tree does not have yet."""
+        for g in self._full:
+            if blocks[g] == NO_BLOCK or self._pools[g].is_remembered(blocks[g]):
+                return False
+        return True
+
     def _add(self, parent: _Node, tokens: tuple[int, ...], blocks: list[int]) -> _Node:
         if parent.depth == 0:
             self._roots[parent.tree] = parent
         node = _Node(parent.tree, parent, tokens, [NO_BLOCK] * len(self._groups))
         self.num_nodes += 1
         parent.children[tokens] = node
-        insort(parent.order, tokens)
+        if parent.order:
+            insort(parent.order, tokens)
+        else:
+            parent.order.append(tokens)
         if len(tokens) < self._block_size:
             parent.num_partial += 1
         for g, block in enumerate(blocks):
@@ -365,6 +384,14 @@ class Radix:
 
     def _remove(self, node: _Node) -> None:
         """Takes a leaf out, and what above it is left without children and blocks."""
+        above = self._take_out(node)
+        if above is not None:
+            for g in self._full:
+                if self._ready(above, g):
+                    self._queue(above, g)
+
+    def _take_out(self, node: _Node) -> _Node | None:
+        """The same; gives the node above that has become a leaf, for which there is no place in a queue yet."""
         while True:
             for g, block in enumerate(node.blocks):
                 if block != NO_BLOCK:
@@ -373,19 +400,18 @@ class Radix:
             parent = node.parent
             if parent is None:
                 del self._roots[node.tree]
-                return
+                return None
             self.num_nodes -= 1
-            del parent.children[node.tokens]
-            del parent.order[bisect_left(parent.order, node.tokens)]
             if len(node.tokens) < self._block_size:
                 parent.num_partial -= 1
-            if parent.children:
-                return
+            if len(parent.order) > 1:
+                del parent.children[node.tokens]
+                del parent.order[bisect_left(parent.order, node.tokens)]
+                return None
+            parent.children.clear()
+            parent.order.clear()
             if any(block != NO_BLOCK for block in parent.blocks):
-                for g in self._full:
-                    if self._ready(parent, g):
-                        self._queue(parent, g)
-                return
+                return parent
             node = parent
 
     def _below(self, node: _Node) -> Iterator[_Node]:
@@ -402,19 +428,26 @@ class Radix:
         return self._eviction.key(node.last_use, num_tokens, node.hits, self._now)
 
     def _ready(self, node: _Node, g: int) -> bool:
-        if node.dead or node.blocks[g] == NO_BLOCK or not self._pools[g].is_idle(node.blocks[g]):
+        if (node.children and g in self._full) or node.dead or node.blocks[g] == NO_BLOCK:
             return False
-        return not (node.children and g in self._full)
+        return self._pools[g].is_idle(node.blocks[g])
 
-    def _queue(self, node: _Node, g: int) -> None:
+    def _entry(self, node: _Node, g: int) -> _Entry | None:
+        """What of a node comes into a queue; None where it is in there already."""
         if node.queued >> g & 1:
-            return
+            return None
         node.queued |= 1 << g
         self._serial += 1
         # Of a path used at once: far behind the window is worth least, and without windows the end goes first.
         tie = -node.depth if g in self._full else node.depth
+        return (self._key(node), tie, self._serial, node)
+
+    def _queue(self, node: _Node, g: int) -> None:
+        entry = self._entry(node, g)
+        if entry is None:
+            return
         heap = self._heaps[g]
-        heapq.heappush(heap, (self._key(node), tie, self._serial, node))
+        heapq.heappush(heap, entry)
         # A node that left through another group is still in this heap; without this, those would pile up.
         if len(heap) > 2 * len(self._owners[g]) + 64:
             heap[:] = [entry for entry in heap if not entry[3].dead]

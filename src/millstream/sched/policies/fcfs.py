@@ -11,6 +11,8 @@ from millstream.sched.protocol import LoadView, Policy
 
 
 class Fcfs(Policy):
+    constant_rank = True
+
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
         return (seq.arrival, seq.request_id)
 
