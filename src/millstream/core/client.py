@@ -8,12 +8,13 @@ from typing import Any, Protocol
 
 from millstream.core.events import Event
 from millstream.core.plan import TokenLogprobs
+from millstream.core.record import record
 from millstream.core.registry import Choice
 from millstream.core.request import Limits, Request
 from millstream.core.sequence import Finish
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Usage:
     """Token counts of one output. `cached_tokens` of the prompt were found in the prefix cache."""
 
@@ -37,7 +38,7 @@ class RequestMetrics:
         return 0.0 if self.total_s is None or self.queue_s is None else self.total_s - self.queue_s
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Chunk:
     """News of one output of a request: new tokens, and on the last one why it ended.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from millstream.core.record import record
 from millstream.core.request import SamplingParams
 
 # Stands in `Extend.tokens` for the token that the plan before this one samples for the same sequence.
@@ -20,7 +21,7 @@ class Tier(enum.Enum):
     HOST = "host"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Holding:
     """The blocks of one sequence in one cache group.
 
@@ -60,7 +61,7 @@ class Move:
     target_tier: Tier = Tier.DEVICE
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SampleAsk:
     """Asks for one token after the last of an Extend.
 
@@ -97,7 +98,7 @@ class ScoreAsk:
     top: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Extend:
     """Compute `tokens` of a sequence at positions `start`, `start` + 1, ... over everything it holds before them."""
 
@@ -157,7 +158,7 @@ class TokenLogprobs:
     top: tuple[Logprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Settled:
     """What became of one Extend.
 

@@ -44,9 +44,13 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A stretch of prompt given as token ids."""
+    """A stretch of prompt given as token ids.
+
+    Who made them, and so knows that they are whole numbers from 0 to `below` - 1, may say it: nobody looks then.
+    """
 
     ids: tuple[int, ...]
+    below: int | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -125,6 +129,14 @@ class Structured:
     def grammar(cls, text: str) -> Structured:
         """A text of the language of a Lark or GBNF grammar with a rule `start` (GBNF: `root`)."""
         return cls("grammar", text)
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    # Usually all are well, which is found out faster than which one is not.
+    if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise BadRequest("prompt", token, f"token ids from 0 to {vocab_size - 1}")
 
 
 def _json(kind: str, value: object) -> str:
@@ -363,7 +375,7 @@ class Request:
         self._check_types()
         if self.kind not in limits.kinds:
             raise BadRequest("kind", self.kind.value, ", ".join(sorted(k.value for k in limits.kinds)))
-        if any(isinstance(segment, Vectors) for segment in self.prompt):
+        if not all([isinstance(segment, Tokens) for segment in self.prompt]):
             raise BadRequest("prompt", "embedding rows", "token ids")
         count = self.num_prompt
         if count == 0:
@@ -383,12 +395,9 @@ class Request:
             )
         if self.prior:
             self._check_prior(limits)
-        ids = self.prompt_ids
-        # Usually all are well, which is found out faster than which one is not.
-        if not (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < limits.vocab_size):
-            for token in ids:
-                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < limits.vocab_size:
-                    raise BadRequest("prompt", token, f"token ids from 0 to {limits.vocab_size - 1}")
+        for segment in self.prompt:
+            if isinstance(segment, Tokens) and segment.ids and not (segment.below or math.inf) <= limits.vocab_size:
+                _check_ids(segment.ids, limits.vocab_size)
         for name, tokens in (
             ("logit_bias", self.params.logit_bias),
             ("stop_token_ids", self.params.stop_token_ids),

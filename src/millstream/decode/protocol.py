@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from millstream.core.plan import SampleAsk, Settled, TokenLogprobs
+from millstream.core.record import record
 from millstream.core.request import Request
 from millstream.core.sequence import Finish, Sequence
 
@@ -15,7 +16,7 @@ from millstream.core.sequence import Finish, Sequence
 NOT_FINITE = "the model gave logits that are not finite"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Accepted:
     """What a settled row adds to its sequence."""
 

@@ -214,9 +214,9 @@ class Ledger:
             return
         start, stop = seq.next_start, seq.next_start + n
         if self._owns_slots(seq, n):
-            for name, holding in seq.holdings.items():
-                if stop > holding.length:
-                    seq.holdings[name] = Holding(name, holding.blocks, stop)
+            for one, own in seq.holdings.items():
+                if stop > own.length:
+                    seq.holdings[one] = Holding(one, own.blocks, stop)
             return
         if self._is_swapped(seq):
             raise BlockFault(f"sequence {seq.id} grows, but it is swapped out")
@@ -546,8 +546,9 @@ class Ledger:
         if n <= 0 or (start + n - 1) // self.block_size != place or not seq.holdings or self._recurrent:
             return False
         for name, holding in seq.holdings.items():
-            blocks = holding.blocks
-            if holding.tier is not Tier.DEVICE or place >= len(blocks) or not self._pools[name].is_single(blocks[place]):
+            if holding.tier is not Tier.DEVICE or place >= len(holding.blocks):
+                return False
+            if not self._pools[name].is_single(holding.blocks[place]):
                 return False
         return True
 

@@ -27,6 +27,7 @@ from millstream.sched.profiles import Profile
 from millstream.sim.leap import earliest_end, leap
 from millstream.sim.replica import EngineSetting, Replica, build, member_of
 from millstream.sim.scaling import Scaler, ScalingLog, ScalingSetting
+from millstream.sim.sim_runner import VOCAB
 from millstream.sim.workload import Call, Releases
 
 
@@ -218,9 +219,7 @@ class Simulation:
         if self._scaler is not None:
             scaling = self._scaler.log
             scaling.end_s = max(ends, default=start)
-        return Result(
-            served, self.replicas, max(ends, default=start) - start, steps, self._busy_s, self.made, scaling
-        )
+        return Result(served, self.replicas, max(ends, default=start) - start, steps, self._busy_s, self.made, scaling)
 
     # -- what happens
 
@@ -260,7 +259,7 @@ class Simulation:
         prior = (Prior(0, self._told(served)),) if served.times_s else ()
         return Request(
             call.id,
-            (Tokens(call.prompt),),
+            (Tokens(call.prompt, below=VOCAB),),
             params,
             arrival=served.arrival_s,
             tenant=call.tenant,

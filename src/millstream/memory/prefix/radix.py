@@ -236,13 +236,14 @@ class Radix:
         before = pool.num_free
         entry: _Entry | None = None  # comes into the heap next: the node above one that went, mostly the next to go
         while pool.num_free - before < num_blocks and (heap or entry is not None):
-            key, _, _, node = heapq.heappop(heap) if entry is None else heapq.heappushpop(heap, entry)
-            entry = None
+            least = heapq.heappop(heap) if entry is None else heapq.heappushpop(heap, entry)
+            looked_at, entry = least is entry, None
+            key, _, _, node = least
             node.queued &= ~(1 << g)
             # What is not ready now is queued again when it becomes idle, or a leaf.
-            if not self._ready(node, g):
+            if not looked_at and not self._ready(node, g):
                 continue
-            if self._key(node) > key:
+            if not looked_at and self._key(node) > key:
                 entry = self._entry(node, g)
             elif leaf_first:
                 above = self._take_out(node)
@@ -342,10 +343,7 @@ class Radix:
 
     def _new(self, blocks: Sequence[int]) -> bool:
         """Whether of each group that keeps all there is a block, which the tree does not have yet."""
-        for g in self._full:
-            if blocks[g] == NO_BLOCK or self._pools[g].is_remembered(blocks[g]):
-                return False
-        return True
+        return not any([blocks[g] == NO_BLOCK or self._pools[g].is_remembered(blocks[g]) for g in self._full])
 
     def _add(self, parent: _Node, tokens: tuple[int, ...], blocks: list[int]) -> _Node:
         if parent.depth == 0:
@@ -410,7 +408,7 @@ class Radix:
                 return None
             parent.children.clear()
             parent.order.clear()
-            if any(block != NO_BLOCK for block in parent.blocks):
+            if parent.blocks.count(NO_BLOCK) < len(parent.blocks):
                 return parent
             node = parent
 
