@@ -33,6 +33,9 @@ SIBLINGS = "siblings"
 GUIDES = "guides"
 # The engine's own request has an id that no client's has.
 SELF_TEST = -1
+# To look up a member of an enum takes longer than to compare with it.
+_RUNNING = State.RUNNING
+_GENERATE = Kind.GENERATE
 
 _log = logging.getLogger(__name__)
 
@@ -136,7 +139,7 @@ class Engine:
         now = self.clock.now()
         params = request.params
         prompt = request.prompt_ids
-        if request.kind is Kind.GENERATE:
+        if request.kind is _GENERATE:
             room = min(self.limits.max_context, self.limits.kv_tokens + 1)
             max_len = room if params.max_tokens is None else min(room, len(prompt) + params.max_tokens)
             if max_len <= len(prompt):
@@ -387,7 +390,7 @@ class Engine:
             self._place_scores(seq, extend, settled)
         if settled.vector is not None:
             seq.vector = settled.vector
-        if seq.state is State.RUNNING and current:
+        if seq.state is _RUNNING and current:
             self.scheduler.ledger.settle(seq, now)
         group = self._groups[seq.request.id]
         accepted = seq.method.accept(seq, settled, self)
@@ -395,7 +398,7 @@ class Engine:
             self._share_prompt(group, seq)
         if not seq.finished:
             self._add(seq, group, accepted.tokens, accepted.logprobs, now)
-        if not seq.finished and seq.request.kind is not Kind.GENERATE and seq.computed >= seq.num_prompt:
+        if not seq.finished and seq.request.kind is not _GENERATE and seq.computed >= seq.num_prompt:
             self._finish(seq, Finish.STOP, None)
 
     def _add(self, seq: Sequence, group: _Group, tokens: Seq[int], logprobs: Seq[TokenLogprobs], now: float) -> None:
@@ -452,7 +455,7 @@ class Engine:
         seq.scored = max(seq.scored, extend.start + len(settled.prompt_logprobs))
 
     def _share_prompt(self, group: _Group, leader: Sequence) -> None:
-        ready = leader.computed >= leader.num_prompt and leader.state is State.RUNNING
+        ready = leader.computed >= leader.num_prompt and leader.state is _RUNNING
         if not ready and not leader.finished and not leader.gates:
             return  # it lost its place, and will come by here again; one that waits for its siblings will not
         for seq in group.seqs[1:]:
@@ -468,7 +471,7 @@ class Engine:
                 except BlockFault:
                     continue  # the leader went on, and a window gave up what they need: each finds its own way
                 seq.computed = seq.cached = length
-                seq.state = State.RUNNING
+                seq.state = _RUNNING
 
     # -- what decode methods may do (Hands)
 
@@ -480,7 +483,7 @@ class Engine:
         now = self.clock.now()
         grown = {parent.id: [*parent.tokens] for _, parent, _ in assign}
         computed = {parent.id: parent.computed for _, parent, _ in assign}
-        held = [(seq, parent) for seq, parent, _ in assign if parent.state is State.RUNNING]
+        held = [(seq, parent) for seq, parent, _ in assign if parent.state is _RUNNING]
         self.scheduler.ledger.permute([(seq, parent, computed[parent.id]) for seq, parent in held])
         kept = {seq.id for seq, _ in held}
         for seq, parent, token in assign:
@@ -488,7 +491,7 @@ class Engine:
                 self.scheduler.ledger.release(seq, now, remember=False)
             seq.tokens = [*grown[parent.id], token]
             seq.computed = computed[parent.id] if seq.id in kept else 0
-            seq.state = State.RUNNING if seq.id in kept else State.WAITING
+            seq.state = _RUNNING if seq.id in kept else State.WAITING
             seq.epoch += 1
             seq.in_flight = 0
             seq.stamps.first_token = now if seq.stamps.first_token is None else seq.stamps.first_token
@@ -528,7 +531,7 @@ class Engine:
         count = min(8, self.limits.vocab_size, self.limits.max_context - 1, self.limits.kv_tokens)
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         prompt = (Tokens(tuple(range(count))),)
-        kind = Kind.GENERATE if Kind.GENERATE in self.limits.kinds else Kind.EMBED
+        kind = _GENERATE if _GENERATE in self.limits.kinds else Kind.EMBED
         self.submit(Request(SELF_TEST, prompt, params, kind, cache_salt="\0self-test", decode=_PLAIN), self._tested)
         self._groups[SELF_TEST].seqs[0].cold = True
 

@@ -26,6 +26,11 @@ from millstream.core.sequence import Sequence
 from millstream.memory.blocks import BlockFault, BlockPool, OutOfBlocks
 from millstream.memory.protocol import PrefixIndex, TierStore
 
+# To look up a member of an enum takes longer than to compare with it.
+_DEVICE = Tier.DEVICE
+_RECURRENT = Keep.RECURRENT
+_WINDOW = Keep.WINDOW
+
 
 @dataclass(slots=True)
 class _Held:
@@ -72,7 +77,7 @@ class Ledger:
         for group in groups:
             if num_blocks.get(group.name, 0) < 1:
                 raise ConfigError(f"cache group {group.name!r} has {num_blocks.get(group.name, 0)} blocks, at least 1")
-            if group.keep is Keep.WINDOW and (group.window is None or group.window < 1):
+            if group.keep is _WINDOW and (group.window is None or group.window < 1):
                 raise ConfigError(f"cache group {group.name!r} has window {group.window}, allowed are integers from 1")
         self.block_size = block_size
         self.groups = tuple(groups)
@@ -81,9 +86,9 @@ class Ledger:
         self._key = key
         self._pools = {group.name: BlockPool(num_blocks[group.name]) for group in groups}
         self._windows = tuple(
-            (group.name, group.window) for group in groups if group.keep is Keep.WINDOW and group.window is not None
+            (group.name, group.window) for group in groups if group.keep is _WINDOW and group.window is not None
         )
-        self._recurrent = any(group.keep is Keep.RECURRENT for group in groups)
+        self._recurrent = any(group.keep is _RECURRENT for group in groups)
         self._held: dict[int, _Held] = {}
         self._moves: list[Move] = []
         self._stats: Counter[str] = Counter()
@@ -118,10 +123,10 @@ class Ledger:
             for i in self._written(group, start, start + n, len(table)):
                 if pool.references(table[i]) > 1:
                     if left == 0:
-                        n = max(0, min(n, i * self.block_size - start)) if group.keep is not Keep.RECURRENT else 0
+                        n = max(0, min(n, i * self.block_size - start)) if group.keep is not _RECURRENT else 0
                         break
                     left -= 1
-            if group.keep is Keep.RECURRENT:
+            if group.keep is _RECURRENT:
                 n = n if table or left else 0
             else:
                 n = min(n, (len(table) + left) * self.block_size - start)
@@ -440,7 +445,7 @@ class Ledger:
         for name, table in tables.items():
             first = held.dropped[name]
             for source, target in zip(table[first:], slots[name], strict=True):
-                self._moves.append(Move(name, source, target, Tier.DEVICE, Tier.HOST))
+                self._moves.append(Move(name, source, target, _DEVICE, Tier.HOST))
             holding = seq.holdings[name]
             self._let_go(name, holding.blocks)
             seq.holdings[name] = Holding(name, table[:first] + tuple(slots[name]), holding.length, Tier.HOST)
@@ -471,7 +476,7 @@ class Ledger:
             first = held.dropped[name]
             blocks = self._take(name, len(table) - first, now)
             for source, target in zip(table[first:], blocks, strict=True):
-                self._moves.append(Move(name, source, target, Tier.HOST, Tier.DEVICE))
+                self._moves.append(Move(name, source, target, Tier.HOST, _DEVICE))
             seq.holdings[name] = Holding(name, table[:first] + blocks, seq.holdings[name].length)
             self._stats["swapped_in_blocks"] += len(blocks)
         self.host.pull(seq.id)
@@ -495,7 +500,7 @@ class Ledger:
             assert self.host.holds(seq_id) is held.swapped
             for group in self.groups:
                 holding = seq.holdings[group.name]
-                assert holding.tier is (Tier.HOST if held.swapped else Tier.DEVICE)
+                assert holding.tier is (Tier.HOST if held.swapped else _DEVICE)
                 assert len(holding.blocks) >= self._num_blocks(group, holding.length), "tokens without a slot"
                 first = held.dropped[group.name]
                 assert first == _leading_holes(holding.blocks), "the holes of a window are miscounted"
@@ -518,7 +523,7 @@ class Ledger:
         return (self._key, seq.request.adapter, seq.request.cache_salt)
 
     def _num_blocks(self, group: CacheGroup, num_tokens: int) -> int:
-        if group.keep is Keep.RECURRENT:
+        if group.keep is _RECURRENT:
             return min(1, num_tokens)
         return -(-num_tokens // self.block_size)
 
@@ -532,7 +537,7 @@ class Ledger:
 
     def _written(self, group: CacheGroup, start: int, stop: int, num_held: int) -> range:
         """Which of the blocks held already would be written by tokens `start` to `stop` - 1."""
-        if group.keep is Keep.RECURRENT:
+        if group.keep is _RECURRENT:
             return range(min(1, num_held))
         return range(start // self.block_size, min(num_held, -(-stop // self.block_size)))
 
@@ -546,7 +551,7 @@ class Ledger:
         if n <= 0 or (start + n - 1) // self.block_size != place or not seq.holdings or self._recurrent:
             return False
         for name, holding in seq.holdings.items():
-            if holding.tier is not Tier.DEVICE or place >= len(holding.blocks):
+            if holding.tier is not _DEVICE or place >= len(holding.blocks):
                 return False
             if not self._pools[name].is_single(holding.blocks[place]):
                 return False
@@ -633,12 +638,12 @@ class Ledger:
         for group in self.groups:
             if length == 0:
                 continue
-            if group.keep is Keep.RECURRENT and length < seq.computed:
+            if group.keep is _RECURRENT and length < seq.computed:
                 raise BlockFault(
                     f"sequence {seq.id} goes back to {length} tokens, but {group.name!r} keeps only its last"
                 )
             first = held.dropped[group.name] * self.block_size
-            if group.keep is Keep.WINDOW and first > max(0, length - (group.window or 1) + 1):
+            if group.keep is _WINDOW and first > max(0, length - (group.window or 1) + 1):
                 raise BlockFault(
                     f"sequence {seq.id} goes back to {length} tokens, but {group.name!r} keeps only those from {first}"
                 )

@@ -20,6 +20,11 @@ from millstream.memory.ledger import Ledger
 from millstream.sched.protocol import LoadView, Meter, Policy, StepCost, Verdict
 from millstream.sched.stack import PolicyStack
 
+# To look up a member of an enum takes longer than to compare with it.
+_RUNNING = State.RUNNING
+_SWAPPED = State.SWAPPED
+_ADMIT = Verdict.ADMIT
+
 # What the prefix cache holds of a sequence that waits is looked up again after so many plans.
 HIT_PASSES = 8
 
@@ -99,8 +104,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        running = State.RUNNING
-        return len([1 for seq in self.live.values() if seq.state is running])
+        return len([1 for seq in self.live.values() if seq.state is _RUNNING])
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None when nothing can be launched now.
@@ -141,12 +145,9 @@ class Scheduler:
         out: set[int] = set()  # gave up their place in this very plan
         held = False
         if self.policy.preemptive:
-            self._places = [
-                (place, seq) for place, seq in enumerate(order) if seq.state is State.RUNNING and not seq.gates
-            ]
-        running = State.RUNNING
+            self._places = [(place, seq) for place, seq in enumerate(order) if seq.state is _RUNNING and not seq.gates]
         for place, seq in enumerate(order):
-            waits = seq.state is not running
+            waits = seq.state is not _RUNNING
             if (waits and held) or seq.gates or seq.id in out or seq.left <= 0:
                 continue
             if waits and (closed := [meter for meter in self._closing if meter.closed()]):
@@ -203,11 +204,11 @@ class Scheduler:
         self, seq: Sequence, order: list[Sequence], place: int, out: set[int], view: LoadView, now: float
     ) -> tuple[Extend | None, bool]:
         """What the sequence does in this step, and whether those that hold nothing yet must wait behind it."""
-        entering = seq.state is not State.RUNNING
-        was_swapped = seq.state is State.SWAPPED
+        entering = seq.state is not _RUNNING
+        was_swapped = seq.state is _SWAPPED
         if entering:
             verdict = self.policy.admit(seq.view, view)
-            if verdict is not Verdict.ADMIT:
+            if verdict is not _ADMIT:
                 return None, verdict is Verdict.HOLD
             # Cheap refusals first: entering touches the cache.
             while not self._would_fit(seq):
@@ -258,9 +259,9 @@ class Scheduler:
         able = [seq for seq in live if not seq.gates and seq.left > 0 and seq.id not in self._faults]
         if not able or any(seq.plans_in_flight for seq in self.live.values()):
             return None
-        holders = [seq for seq in live if seq.gates and seq.state is State.RUNNING and seq.id not in self._faults]
+        holders = [seq for seq in live if seq.gates and seq.state is _RUNNING and seq.id not in self._faults]
         if not holders:
-            holders = [seq for seq in able if seq.state is State.RUNNING]
+            holders = [seq for seq in able if seq.state is _RUNNING]
             if not any(self._would_fit(seq) for seq in holders):
                 return None
         view = self.view(now)
@@ -274,9 +275,8 @@ class Scheduler:
             live = [seq for seq in live if seq.id not in self._aside]
         waiting: list[SeqView] = []
         running: list[SeqView] = []
-        runs = State.RUNNING
         for seq in live:
-            (running if seq.state is runs else waiting).append(seq.view)
+            (running if seq.state is _RUNNING else waiting).append(seq.view)
         free, total = self.ledger.free(), self.ledger.total()
         view = LoadView(now, free, total, waiting, running, self._hit, self.cost, self.ledger.block_size)
         view.budget = self.policy.budget(view)
@@ -316,7 +316,7 @@ class Scheduler:
 
     def _enter(self, seq: Sequence, now: float) -> bool:
         """Gives a sequence that holds nothing on the device what is there for it; False when there is no room."""
-        if seq.state is State.SWAPPED:
+        if seq.state is _SWAPPED:
             if not self.ledger.swap_in_room(seq):
                 return False
             self.ledger.swap_in(seq, now)
@@ -327,7 +327,7 @@ class Scheduler:
             seq.computed = self.ledger.attach(seq, now, limit)
             if seq.stamps.admitted is None:
                 seq.cached = seq.computed
-        seq.state = State.RUNNING
+        seq.state = _RUNNING
         return True
 
     def _leave(self, seq: Sequence, now: float) -> None:
@@ -340,7 +340,7 @@ class Scheduler:
         # Background work is computed again: swapped out it would hold blocks of the host that others may come to need.
         wanted = self.preemption == "swap" and not seq.request.background and seq.computed + seq.in_flight > 0
         if wanted and self.ledger.swap_out(seq, now):
-            seq.state = State.SWAPPED
+            seq.state = _SWAPPED
             return True
         return False
 
@@ -355,13 +355,13 @@ class Scheduler:
         """The last of those that stand aside and still hold blocks."""
         if not self._aside:
             return None
-        return next((seq for seq in reversed(self._background.values()) if seq.state is State.RUNNING), None)
+        return next((seq for seq in reversed(self._background.values()) if seq.state is _RUNNING), None)
 
     def _victim(self, order: list[Sequence], place: int, out: set[int], view: LoadView) -> Sequence | None:
-        running = [s for s in order[place + 1 :] if s.state is State.RUNNING and s.id not in out]
+        running = [s for s in order[place + 1 :] if s.state is _RUNNING and s.id not in out]
         if not running:
             # What waits at a gate cannot use its blocks now, and what it waits for may be this very sequence.
-            running = [s for s in order[:place] if s.gates and s.state is State.RUNNING and s.id not in out]
+            running = [s for s in order[:place] if s.gates and s.state is _RUNNING and s.id not in out]
         if not running:
             return None
         chosen = self.policy.victim([seq.view for seq in running], view)
@@ -381,7 +381,7 @@ class Scheduler:
     def _last_after(self, place: int) -> Sequence | None:
         """The last that still has a place of those that rank after one."""
         places = self._places
-        while places and places[-1][1].state is not State.RUNNING:
+        while places and places[-1][1].state is not _RUNNING:
             places.pop()
         return places[-1][1] if places and places[-1][0] > place else None
 

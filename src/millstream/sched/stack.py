@@ -9,6 +9,9 @@ from millstream.core.events import Event
 from millstream.core.sequence import SeqView
 from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
 
+# To look up a member of an enum takes longer than to compare with it.
+_ADMIT = Verdict.ADMIT
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,9 +43,9 @@ class PolicyStack:
 
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
         for policy in self._admitting:
-            if (verdict := policy.admit(seq, view)) is not Verdict.ADMIT:
+            if (verdict := policy.admit(seq, view)) is not _ADMIT:
                 return verdict
-        return Verdict.ADMIT
+        return _ADMIT
 
     def budget(self, view: LoadView) -> Budget:
         if not self._budgeting:

@@ -7,12 +7,15 @@ from millstream.core.request import Kind, Request
 from millstream.core.sequence import Sequence
 from millstream.decode.protocol import Accepted, Hands
 
+# To look up a member of an enum takes longer than to compare with it.
+_GENERATE = Kind.GENERATE
+
 
 class Autoregressive:
     resumes = True
 
     def num_sequences(self, request: Request) -> int:
-        return request.params.n if request.kind is Kind.GENERATE else 1
+        return request.params.n if request.kind is _GENERATE else 1
 
     def num_outputs(self, request: Request) -> int:
         return self.num_sequences(request)
@@ -22,7 +25,7 @@ class Autoregressive:
         return 0 if seq.guides and seq.pending else seq.left
 
     def ask(self, seq: Sequence, stop: int) -> SampleAsk | None:
-        if seq.request.kind is not Kind.GENERATE:
+        if seq.request.kind is not _GENERATE:
             return None
         params = seq.request.params
         history: tuple[int, ...] = ()
