@@ -632,7 +632,7 @@ class Engine:
     @property
     def _heard(self) -> bool:
         """Whether anybody hears of events: what is told for every row of every step is not made for nobody."""
-        return bool(self.listeners) or self.scheduler.policy.observes
+        return bool(self.listeners) or self._learns or self.scheduler.policy.observes
 
     def tell(self, event: Event) -> None:
         """Has policies and listeners hear of what happened."""
