@@ -122,7 +122,22 @@ def test_errors_keep_their_kind_and_their_words():
 
 def test_events_arrive_with_views_as_they_were():
     still = Snapshot(
-        3, REQUEST, 1, 4, 2, 20, 6, 5, 6, 1, 2, 1, State.RUNNING, ("grammar",), Stamps(1.0, 1.5, None, None, None)
+        3,
+        REQUEST,
+        1,
+        4,
+        2,
+        20,
+        6,
+        5,
+        6,
+        1,
+        2,
+        1,
+        State.RUNNING,
+        ("grammar",),
+        Stamps(1.0, 1.5, None, None, None),
+        Hints(score=0.5),
     )
     view = SeqView(still)
     events = [

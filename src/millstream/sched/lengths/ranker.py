@@ -34,7 +34,7 @@ class Config:
     (0: the most probable bucket). `retrain`: outputs after which heads are fitted anew (0: never), on the last `keep`.
     """
 
-    file: str
+    file: str = ""
     sure: float = 0.0
     retrain: int = 0
     keep: int = 2048
@@ -46,6 +46,8 @@ class Config:
 
 class Ranker(LengthPredictor):
     def __init__(self, config: Config, text: Callable[[Seq[int]], str] | None) -> None:
+        if not config.file:
+            raise ConfigError("length 'ranker' needs its option 'file', which millstream train-ranker writes")
         if text is None:
             raise ConfigError("length 'ranker' reads texts, and here are none; 'history' needs none")
         self.config = config
