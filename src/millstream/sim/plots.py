@@ -80,8 +80,13 @@ def replicas(result: Result, path: Path, buckets: int = 120) -> None:
             spine.set_visible(side != "top")
             spine.set_color(INK)
     other.tick_params(colors=COLOURS[4])
-    other.plot([look.at_s for look in log.looks], [look.waiting for look in log.looks], color=COLOURS[4], linewidth=1)
-    other.set_ylabel("requests that wait", color=COLOURS[4])
+    at_s = [look.at_s for look in log.looks]
+    waiting = [look.waiting for look in log.looks]
+    inside = [look.waiting + look.running for look in log.looks]
+    other.plot(at_s, inside, color=COLOURS[4], linewidth=1, label="inside")
+    other.plot(at_s, waiting, color=COLOURS[3], linewidth=1, label="waiting")
+    other.legend(frameon=False, labelcolor=INK, loc="upper left")
+    other.set_ylabel("requests in the system", color=COLOURS[4])
     _save(page, path)
 
 
