@@ -351,8 +351,7 @@ class CloudNative(Experiment):
     def check(self, ctx: Context) -> CheckResult:
         """Nothing is lost while replicas come and go, runs repeat themselves, and cold starts matter."""
         calls, _ = self._day(ctx.seed + 100)
-        calls = calls[: ctx.size(600, 200)]
-        rule = Choice("hpa", {"metric": "inside", "target": self.queue_target, "down_window_s": 30.0})
+        rule = Choice("hpa", {"metric": "inside", "target": self.queue_target, "down_window_s": 15.0})
         prints = []
         for cold_start_s in (0.0, self.cold_start_s, self.cold_start_s):
             found, result = self._scaled(calls, rule, 1, cold_start_s)
@@ -361,16 +360,20 @@ class CloudNative(Experiment):
         error, target = self.found.errors[self.found.best], self.found.target
         return CheckResult(
             (
-                CheckRow("every simulated request has all its tokens", found["lost"] == 0, f"{len(calls)} requests"),
+                CheckRow(
+                    "every simulated request has all its tokens, though replicas are drained",
+                    found["lost"] == 0 and drained > 0,
+                    f"{len(calls)} requests; {drained} replicas were drained",
+                ),
                 CheckRow("runs repeat themselves", prints[1] == prints[2], prints[1]),
                 CheckRow(
                     "a cold start changes them", prints[0] != prints[1], f"{self.cold_start_s:.1f} s against none"
                 ),
                 CheckRow(
                     "step times on compositions that were held out",
-                    error <= max(target, 0.25),
-                    f"{self.found.best}: {100 * error:.1f} % off; repeats differ by {100 * self.found.noise:.1f} %; "
-                    f"{drained} replicas were drained",
+                    error <= target,
+                    f"{self.found.best}: {100 * error:.1f} % off, at most {100 * target:.1f} %; repeats differ by "
+                    f"{100 * self.found.noise:.1f} %",
                 ),
             )
         )
