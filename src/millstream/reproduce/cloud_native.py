@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -550,7 +551,7 @@ class _Live:
         socket = folder / "s"
         with (folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "millstream.engine.process", "--socket", str(socket), "--config", str(config)],
+                [sys.executable, "-m", "millstream.engine.process", "--socket", str(socket), "--config", str(config), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
