@@ -551,7 +551,17 @@ class _Live:
         socket = folder / "s"
         with (folder / "log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "millstream.engine.process", "--socket", str(socket), "--config", str(config), "--parent", str(os.getpid())],
+                [
+                    sys.executable,
+                    "-m",
+                    "millstream.engine.process",
+                    "--socket",
+                    str(socket),
+                    "--config",
+                    str(config),
+                    "--parent",
+                    str(os.getpid()),
+                ],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
             )
