@@ -60,7 +60,7 @@ class State(enum.Enum):
 class _Node:
     """An engine, and how it gets on. `pace_s` is seconds a token of an output takes; `begun` outputs wait for one.
 
-    `returns`: it is lost, and somebody else may have it come back.
+    `proven`: it has been up for `stable_s`. `returns`: it is lost, and somebody else may have it come back.
     """
 
     client: EngineClient
@@ -69,6 +69,8 @@ class _Node:
     started_at: float
     base_speed: float = 1.0
     ready: bool = False
+    ready_at: float = 0.0
+    proven: bool = False
     draining: bool = False
     gone: bool = False
     suspected: bool = False
@@ -596,6 +598,8 @@ class ClusterClient:
                 continue
             if not node.probing:
                 self._background(self._probe(node))
+            if node.own and not node.proven and now - node.ready_at >= config.stable_s:
+                node.proven, self._failures = True, 0
             self._up_s += passed_s
             self._busy_s += passed_s if node.member.requests else 0.0
             # A pause of this process's own says nothing of the others.
@@ -676,6 +680,8 @@ class ClusterClient:
         _log.error("engine %s is lost: %s; %d requests were inside", node.member.name, why, node.member.requests)
         self._let_go(node)
         if node.own:
+            if not node.proven:
+                self._failed()
             self._background(self._end(node))
         else:
             node.returns = True
@@ -752,8 +758,9 @@ class ClusterClient:
             self._facts = replace(self._facts, limits=limits)
         if node.gone:
             raise EngineClosed("it was let go while it loaded its model")
-        node.ready, node.heard_at = True, time.monotonic()
-        node.answered(node.heard_at)
+        node.ready, node.ready_at = True, time.monotonic()
+        node.heard_at = node.ready_at
+        node.answered(node.ready_at)
         node.settle()
         for feed in self._feeds:
             self._listen(node, feed)
@@ -790,13 +797,10 @@ class ClusterClient:
                 await backend.kill(client)
                 return
             await self._meet(node)
-            self._failures = 0
         except Exception as error:
             if node.gone:
                 return
-            self._failures += 1
-            pause_s = min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (self._failures - 1))
-            self._again_at = time.monotonic() + pause_s
+            self._failed()
             _log.error("engine %s could not be started: %s", node.member.name, error or type(error).__name__)
             self._leave_fleet(node)
             self._forget(node)
@@ -804,6 +808,11 @@ class ClusterClient:
             hopeless = isinstance(error, ConfigError) or self._failures >= self.config.give_up
             if hopeless and not any(not other.gone for other in self._nodes):
                 self._give_up(str(error) or type(error).__name__)
+
+    def _failed(self) -> None:
+        """A start has come to nothing: the next one waits, longer each time."""
+        self._failures += 1
+        self._again_at = time.monotonic() + min(BACKOFF_MAX_S, BACKOFF_S * 2.0 ** (self._failures - 1))
 
     def _give_up(self, why: str) -> None:
         self._why = why

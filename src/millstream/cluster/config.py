@@ -47,7 +47,8 @@ class ClusterConfig:
     `lost_s` after its last sign it is lost, what was inside goes on elsewhere, and another one is started. What was
     inside when `max_losses` engines were lost is not sent again. While no engine is up, requests that were inside one
     wait for `patience_s`. A start may take `start_s`; after `give_up` that failed in a row, with none up, no more are
-    made. All are asked how they are every `check_s`.
+    made. One that is lost sooner than `stable_s` after it was up counts as a start that failed: the pause before the
+    next one grows. All are asked how they are every `check_s`.
     """
 
     replicas: int = 1
@@ -63,6 +64,7 @@ class ClusterConfig:
     stall_s: float = 60.0
     patience_s: float = 120.0
     start_s: float = 1800.0
+    stable_s: float = 10.0
     max_losses: int = 3
     give_up: int = 5
     ray: RayConfig = field(default_factory=RayConfig)
@@ -71,7 +73,8 @@ class ClusterConfig:
         for name in ("replicas", "min_replicas", "max_losses", "give_up"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"cluster.{name}: got {getattr(self, name)}, allowed are numbers from 1")
-        for name in ("interval_s", "window_s", "check_s", "suspect_s", "lost_s", "stall_s", "patience_s", "start_s"):
+        seconds = ("interval_s", "window_s", "check_s", "suspect_s", "lost_s", "stall_s", "patience_s", "start_s")
+        for name in (*seconds, "stable_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"cluster.{name}: got {getattr(self, name)}, allowed are numbers above 0")
         if self.lost_s < self.suspect_s:

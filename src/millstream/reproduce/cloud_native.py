@@ -17,20 +17,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import random
-import subprocess
-import sys
+import signal
+import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from millstream.core.errors import MillstreamError
 from millstream.core.registry import Card, Choice
 from millstream.core.request import Request, SamplingParams, Slo, Tokens
+from millstream.core.sequence import Finish
 from millstream.reproduce.protocol import (
     Arm,
     CheckResult,
@@ -42,6 +43,7 @@ from millstream.reproduce.protocol import (
     Of,
     Required,
 )
+from millstream.sim.metrics import percentile
 
 MODEL = "smollm2-135m"
 TRACE = "azure-conv"
@@ -60,13 +62,18 @@ SAW_S, SAW_TEETH = 150.0, 4
 # Of the tandem: shares of the layers, how much more comes than the slow stage can do, and requests.
 SHARES, OVERLOAD, TANDEM_JOBS = (0.75, 0.25), 1.25, 200
 TANDEM_TARGET = 0.7
-# Live: prompt and output, and phases in seconds with the load as a multiple of what one engine can do.
+# Live: engines of one thread; prompt and output; phases in seconds with the load as a multiple of what one engine does.
+LIVE_ENGINE = {
+    "model": {"weights": "blocks"},
+    "cache": {"prefix": "none", "bytes": "128MiB"},
+    "runner": {"threads": 1},
+    "seed": 0,
+}
 LIVE_PROMPT, LIVE_OUTPUT = 160, 8
-PHASES, QUICK_PHASES = ((4.0, 0.25), (18.0, 1.5), (8.0, 0.2)), ((2.0, 0.25), (12.0, 1.5), (8.0, 0.2))
-LIVE_LOOK_S = 0.5
-LIVE_TARGET = 1.5
+PHASES = ((3.0, 0.25), (24.0, 1.3), (14.0, 0.25))
+LIVE_LOOK_S, LIVE_TARGET, LIVE_DOWN_S = 0.5, 1.5, 8.0
 LIVE_SLO = 6.0
-START_S = 60.0
+LOOK_S, START_S = 0.02, 60.0
 
 
 class CloudNative(Experiment):
@@ -198,8 +205,8 @@ class CloudNative(Experiment):
         # Twice what the longest prompt takes on an idle replica: the longest thus have as long to wait as to compute.
         alone = self._simulate(self._calls_of([replace(self.rows[0], num_prompt=MOST_PROMPT)], None, 1), 1)
         self.slo_s = 2 * (alone.served[0].times_s[0] - alone.served[0].arrival_s)
-        self.live = _Live(ctx, self.vocab)
-        self.cold_start_s, self.live_rate, self.live_slo_s = asyncio.run(self.live.learn())
+        self._live = asyncio.run(_learn(ctx.size(24, 12), ctx.size(3, 1)))
+        self.cold_start_s = self._live.cold_start_s
         self.capacity = self._capacity(ctx)
         self.day_s = DAY_S if not ctx.quick else QUICK_DAY_S
         self.mean = MOST * self.capacity * (1 + LOW) / 2 / BURST_TIMES
@@ -308,7 +315,6 @@ class CloudNative(Experiment):
 
     def _scaled(self, calls: Any, rule: Choice, count: int, cold_start_s: float) -> tuple[dict[str, float], Any]:
         from millstream.core import registry
-        from millstream.sim.metrics import percentile
 
         result = self._simulate(
             calls,
@@ -433,7 +439,6 @@ class CloudNative(Experiment):
     def _tandem(self, ctx: Context, name: str) -> dict[str, float]:
         from millstream.core import registry
         from millstream.core.shape import StepShape
-        from millstream.sim.metrics import percentile
         from millstream.sim.tandem import Job, tandem
 
         cost = self.found.cost
@@ -472,285 +477,162 @@ class CloudNative(Experiment):
     def _measure_live(self, ctx: Context) -> dict[str, float]:
         """Once a repeat; in a quick run once, for it takes as long as it takes."""
         if self._live_found is None or not ctx.quick:
-            phases = PHASES if not ctx.quick else QUICK_PHASES
-            self._live_found = asyncio.run(self.live.run(phases, self.live_rate, self.live_slo_s, ctx.repeat))
+            found = asyncio.run(_live_run(self._live, random.Random(ctx.seed + ctx.repeat)))
+            ctx.expect("live: a second engine came, and one that was killed was replaced", found is not None)
+            self._live_found = found or {}
         return self._live_found
 
 
-@dataclass(slots=True)
-class _Node:
-    """One engine process, and its client. Seconds of the run."""
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """Of a live engine: seconds from its order until it takes requests, requests it does in a second, the SLO."""
 
-    process: Any
-    client: Any
-    place: int = -1
-    ordered_s: float = 0.0
-    ready_s: float | None = None
-    draining: bool = False
-    gone: bool = False
-    inside_at_drain: int = 0
+    cold_start_s: float
+    rate: float
+    slo_s: float
+    vocab: int
 
 
 @dataclass(slots=True)
 class _Asked:
-    """One live request. Seconds of the run; `phase` is that in which it was sent."""
+    """One live request: when it was sent and had its first token, and whether all its tokens came."""
 
     at_s: float
-    phase: int
-    first_s: float | None = None
-    tokens: int = 0
+    first_s: float = math.inf
     whole: bool = False
 
 
-@dataclass(slots=True)
-class _Live:
-    """Engine processes behind the fleet's books, and an HPA."""
+@contextlib.asynccontextmanager
+async def _cluster(rule: Choice | None = None) -> AsyncIterator[Any]:
+    """What `millstream serve --replicas` has behind its API, once its first engine is up."""
+    from millstream.cluster.client import ClusterClient
+    from millstream.cluster.config import ClusterConfig, RayConfig
+    from millstream.cluster.ray_backend import RayBackend
+    from millstream.core import registry
 
-    ctx: Context
-    vocab: int
-    serial: int = 0
-    nodes: list[_Node] = field(default_factory=list)
+    config = ClusterConfig(replicas=1, max_replicas=2, interval_s=LIVE_LOOK_S, ray=RayConfig("local"))
+    backend = RayBackend.of(MODEL, LIVE_ENGINE, config.ray, log_to_driver=False)
+    autoscaler = None if rule is None else registry.make("autoscaler", rule)
+    cluster = ClusterClient(registry.make("router", "least-work"), config, backend, autoscaler)
+    await cluster.start()
+    try:
+        await asyncio.wait_for(cluster.facts(), START_S)
+        yield cluster
+    finally:
+        await cluster.close()
 
-    async def learn(self) -> tuple[float, float, float]:
-        """Seconds from the start of a process to its first token; requests a second that one engine can do; and what
-        to promise: LIVE_SLO times what a first token takes alone."""
+
+async def _ask(cluster: Any, vocab: int, asked: _Asked, draw: random.Random) -> None:
+    ids = tuple(draw.randrange(vocab) for _ in range(LIVE_PROMPT))
+    params = SamplingParams(max_tokens=LIVE_OUTPUT, temperature=0.0, ignore_eos=True)
+    tokens = 0
+    with contextlib.suppress(MillstreamError):
+        async for chunk in cluster.submit(Request(cluster.new_id(), (Tokens(ids),), params)):
+            if chunk.tokens and not tokens:
+                asked.first_s = time.monotonic()
+            tokens += len(chunk.tokens)
+            asked.whole = asked.whole or (chunk.finish is Finish.LENGTH and tokens == LIVE_OUTPUT)
+
+
+async def _learn(count: int, starts: int) -> _Learned:
+    """Of one engine behind a cluster: `starts` are made of a second one, `count` requests come at once."""
+    async with _cluster() as cluster:
+        vocab = (await cluster.facts()).limits.vocab_size
+        draw, alone = random.Random(0), []
+        for _ in range(6):
+            asked = _Asked(time.monotonic())
+            await _ask(cluster, vocab, asked, draw)
+            alone.append(asked.first_s - asked.at_s)
+        begin = time.monotonic()
+        await asyncio.gather(*(_ask(cluster, vocab, _Asked(begin), draw) for _ in range(count)))
+        rate = count / (time.monotonic() - begin)
         taken = []
-        for _ in range(self.ctx.size(3, 1)):
-            begin = time.perf_counter()
-            node = await self._spawn()
-            await self._loaded(node)
-            await self._ask(node.client, _Asked(0.0, 0), begin, 7)
-            taken.append(time.perf_counter() - begin)
-            if len(taken) < self.ctx.size(3, 1):
-                await self._end(node)
-        alone = []
-        for number in range(5):
-            asked, begin = _Asked(0.0, 0), time.perf_counter()
-            await self._ask(node.client, asked, begin, number)
-            alone.append(asked.first_s or 0.0)
-        count, begin = self.ctx.size(24, 12), time.perf_counter()
-        await asyncio.gather(*(self._ask(node.client, _Asked(0.0, 0), begin, number) for number in range(count)))
-        rate = count / (time.perf_counter() - begin)
-        await self._end(node)
-        return sorted(taken)[len(taken) // 2], rate, LIVE_SLO * sorted(alone)[2]
-
-    async def _spawn(self) -> _Node:
-        from millstream.engine.remote import RemoteEngine
-
-        self.serial += 1
-        folder = self.ctx.scratch / f"e{self.serial}"
-        folder.mkdir(mode=0o700)
-        config = folder / "engine.json"
-        engine = {
-            "model": {"weights": "blocks"},
-            "cache": {"prefix": "none", "bytes": "128MiB"},
-            "runner": {"threads": 1},
-            "seed": 0,
-        }
-        config.write_text(json.dumps({"model": MODEL, "engine": engine}))
-        socket = folder / "s"
-        with (folder / "log").open("ab") as log:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "millstream.engine.process",
-                    "--socket",
-                    str(socket),
-                    "--config",
-                    str(config),
-                    "--parent",
-                    str(os.getpid()),
-                ],
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-            )
-        client = RemoteEngine(socket)
-        await client.start()
-        node = _Node(process, client)
-        self.nodes.append(node)
-        return node
-
-    @staticmethod
-    async def _loaded(node: _Node) -> None:
-        """Waits until the model is loaded. Raises EngineClosed where that will never be."""
-        from millstream.core.errors import EngineClosed
-
-        loading = asyncio.ensure_future(node.client.facts())
-        until = time.perf_counter() + START_S
-        while not (await asyncio.wait((loading,), timeout=0.1))[0]:
-            if node.process.poll() is not None or time.perf_counter() > until:
-                loading.cancel()
-                raise EngineClosed(f"the engine's process did not load its model: exit code {node.process.poll()}")
-        await loading
-
-    async def _end(self, node: _Node) -> None:
-        node.gone = True
-        await node.client.close()
-        node.process.terminate()
-        try:
-            await asyncio.to_thread(node.process.wait, 10)
-        except subprocess.TimeoutExpired:
-            node.process.kill()
-
-    async def _ask(self, client: Any, asked: _Asked, begin: float, number: int) -> None:
-        draw = random.Random(f"{self.ctx.seed} {number}")
-        ids = tuple(draw.randrange(self.vocab) for _ in range(LIVE_PROMPT))
-        params = SamplingParams(max_tokens=LIVE_OUTPUT, temperature=0.0, ignore_eos=True)
-        request = Request(client.new_id(), (Tokens(ids),), params)
-        async for chunk in client.submit(request):
-            if chunk.tokens and asked.first_s is None:
-                asked.first_s = time.perf_counter() - begin
-            asked.tokens += len(chunk.tokens)
-            if chunk.finish is not None:
-                asked.whole = chunk.error is None and asked.tokens == LIVE_OUTPUT
-
-    async def run(
-        self, phases: tuple[tuple[float, float], ...], rate: float, slo_s: float, repeat: int
-    ) -> dict[str, float]:
-        from millstream.cluster.fleet import Fleet
-        from millstream.core import registry
-
-        fleet = Fleet(registry.make("router", "least-work"))
-        options = {"metric": "inside", "target": LIVE_TARGET, "interval_s": LIVE_LOOK_S}
-        rule = registry.make("autoscaler", Choice("hpa", {**options, "up_period_s": 1.0, "down_window_s": 5.0}))
-        run = _Run(self, fleet, rule)
-        try:
-            return await run.run(phases, rate, slo_s, random.Random(self.ctx.seed + repeat))
-        finally:
-            for node in self.nodes:
-                if not node.gone:
-                    with contextlib.suppress(Exception):
-                        await self._end(node)
-            self.nodes.clear()
+        for _ in range(starts):
+            cluster.target = 2
+            await _until(lambda: len(cluster.fleet.up) == 2)
+            taken.append(cluster.members()[-1].age_s)
+            cluster.target = 1
+            await _until(lambda: len(cluster.members()) == 1)
+        return _Learned(statistics.median(taken), rate, LIVE_SLO * statistics.median(alone[1:]), vocab)
 
 
-class _Run:
-    """One live run: traffic in phases, the rule asked every so often, at most two engines."""
+async def _until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(START_S):
+        while not true():
+            await asyncio.sleep(LOOK_S)
 
-    def __init__(self, live: _Live, fleet: Any, rule: Any) -> None:
-        self.live, self.fleet, self.rule = live, fleet, rule
-        self.begin = time.perf_counter()
-        self.nodes: list[_Node] = []
-        self.asked: list[_Asked] = []
-        self.tasks: set[Any] = set()
-        self.starting = 0
 
-    def now(self) -> float:
-        return time.perf_counter() - self.begin
+async def _live_run(learned: _Learned, draw: random.Random) -> dict[str, float] | None:
+    """Traffic in phases before a cluster that scales itself. None where no second engine came, or none was replaced.
 
-    async def run(
-        self, phases: tuple[tuple[float, float], ...], rate: float, slo_s: float, draw: random.Random
-    ) -> dict[str, float]:
-        from millstream.sim.metrics import percentile
-
-        await self._start()
-        self.begin = time.perf_counter()
-        scaling = asyncio.create_task(self._scale())
-        until = 0.0
-        ends = []
-        for phase, (seconds, share) in enumerate(phases):
+    The second engine's first start is killed while it loads; when the load falls an engine with requests is killed.
+    """
+    options = {"metric": "inside", "target": LIVE_TARGET, "up_period_s": 1.0, "down_window_s": LIVE_DOWN_S}
+    async with _cluster(Choice("hpa", options)) as cluster:
+        sent: list[list[_Asked]] = [[] for _ in PHASES]
+        seen: list[tuple[float, list[Any]]] = []
+        killed: list[tuple[float, int, int]] = []  # when, whom, and how many requests had moved until then
+        watching = asyncio.create_task(_watch(cluster, seen, killed))
+        tasks, ends, until = [], [], time.monotonic()
+        for own, (seconds, share) in zip(sent, PHASES, strict=True):
             at, until = until, until + seconds
             ends.append(until)
-            while (at := at + draw.uniform(0.7, 1.3) / (rate * share)) < until:
-                await asyncio.sleep(max(0.0, at - self.now()))
-                self._send(at, phase)
-        await asyncio.sleep(max(0.0, until - self.now()))
-        scaling.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await scaling
-        while left := [task for task in self.tasks if not task.done()]:
-            await asyncio.wait(left, timeout=START_S)
-        await asyncio.gather(*self.tasks)
-        second = next((node for node in self.nodes[1:] if node.ready_s is not None), None)
-        ready_s = ends[1] if second is None or second.ready_s is None else second.ready_s
-        waits = {
-            "overload": [one for one in self.asked if one.phase == 1 and one.at_s <= ready_s],
-            "settled": [one for one in self.asked if one.phase == 1 and one.at_s >= ends[1] - (ends[1] - ends[0]) / 3],
-        }
-        p95 = {
-            name: percentile(sorted((one.first_s or math.inf) - one.at_s for one in own), 95)
-            for name, own in waits.items()
-        }
-        drained = [node for node in self.nodes if node.draining]
-        return {
-            "overload_p95": 100 * p95["overload"] / slo_s,
-            "settled_p95": 100 * p95["settled"] / slo_s,
-            "ttft_p95_s": p95["settled"],
-            "second_ready_s": ready_s - ends[0],
-            "cold_start_s": 0.0 if second is None else ready_s - second.ordered_s,
-            "lost": float(sum(not one.whole for one in self.asked)),
-            "drained_with": float(max((node.inside_at_drain for node in drained), default=0)),
-            "removed": float(sum(node.gone for node in drained)),
-        }
+            while (at := at + draw.uniform(0.7, 1.3) / (learned.rate * share)) < until:
+                await asyncio.sleep(at - time.monotonic())
+                own.append(_Asked(at))
+                tasks.append(asyncio.create_task(_ask(cluster, learned.vocab, own[-1], draw)))
+                if own is sent[2] and len(killed) < 2:
+                    most = max(cluster.members(), key=lambda one: one.requests if one.state == "up" else -1)
+                    killed.append((time.monotonic(), most.pid, cluster.migrations))
+                    os.kill(most.pid, signal.SIGKILL)
+            await asyncio.sleep(until - time.monotonic())
+        await asyncio.gather(*tasks)
+        with contextlib.suppress(TimeoutError):
+            await _until(lambda: len(cluster.members()) == 1)
+        watching.cancel()
+        moved = cluster.migrations
 
-    def _send(self, at: float, phase: int) -> None:
-        asked = _Asked(at, phase)
-        self.asked.append(asked)
-        request = Request(len(self.asked), (Tokens(tuple(range(LIVE_PROMPT))),))
-        _, place = self.fleet.send(request, at)
-        self._background(self._served(request.id, self.nodes[place], asked))
+    def two_up(after_s: float, without: int = -1) -> tuple[float, list[Any]] | None:
+        for now, members in seen:
+            up = [one for one in members if one.state == "up" and one.pid != without]
+            if now > after_s and len(up) > 1:
+                return now, up
+        return None
 
-    async def _served(self, number: int, node: _Node, asked: _Asked) -> None:
-        from millstream.cluster.protocol import Done
+    second = two_up(ends[0])
+    if second is None or len(killed) < 2 or (again := two_up(killed[1][0], killed[1][1])) is None:
+        return None
+    ready_s, up = second
+    late = {
+        "overload_p95": [one for one in sent[1] if one.at_s < ready_s],
+        "settled_p95": [one for one in sent[1] if one.at_s > ends[1] - (ends[1] - ends[0]) / 3],
+    }
+    draining = [(one.place, one.requests) for _, members in seen for one in members if one.state == "draining"]
+    left = {one.place for one in seen[-1][1]}
+    p95 = {name: percentile(sorted(one.first_s - one.at_s for one in own), 95) for name, own in late.items()}
+    return {
+        **{name: 100 * min(seconds, START_S) / learned.slo_s for name, seconds in p95.items()},
+        "ttft_p95_s": min(p95["settled_p95"], START_S),
+        "second_ready_s": ready_s - ends[0],
+        "cold_start_s": up[-1].age_s,
+        "crash_moved": float(killed[1][2]),
+        "moved": float(moved),
+        "replaced_s": again[0] - killed[1][0],
+        "lost": float(sum(not one.whole for own in sent for one in own)),
+        "drained_with": float(max((requests for _, requests in draining), default=0)),
+        "removed": float(len({place for place, _ in draining} - left)),
+    }
 
-        try:
-            await self.live._ask(node.client, asked, self.begin, number)
-        finally:
-            self.fleet.ended(number, Done(asked.tokens, whole=asked.whole), self.now())
-            if node.draining and not self.fleet.members[node.place].requests:
-                self._background(self._leave(node))
 
-    async def _scale(self) -> None:
-        from millstream.cluster.protocol import FleetView
-
-        while True:
-            await asyncio.sleep(self.rule.interval_s)
-            now = self.now()
-            inside = [one for one in self.asked if not one.whole]
-            waits = [one.at_s for one in inside if one.first_s is None]
-            view = FleetView(
-                now,
-                self.fleet.up,
-                len(waits),
-                len(inside) - len(waits),
-                now - min(waits, default=now),
-                0.0,
-                None,
-                self.starting,
-            )
-            wanted = max(1, min(2, self.rule.target(view, now)))
-            if wanted > view.size and not self.starting:
-                self._background(self._start())
-            elif wanted < view.size and not self.starting:
-                # The one that was there first: it has the most to drain.
-                member = self.fleet.up[0]
-                node = self.nodes[member.place]
-                node.draining, node.inside_at_drain = True, member.requests
-                if self.fleet.drain(member.place):
-                    self._background(self._leave(node))
-
-    async def _start(self) -> None:
-        self.starting += 1
-        member = self.fleet.add(f"engine {len(self.nodes)}", up=False)
-        ordered_s = self.now()
-        node = await self.live._spawn()
-        node.place, node.ordered_s = member.place, ordered_s
-        self.nodes.append(node)
-        await self.live._loaded(node)
-        # It has warmed up by its first token, and only then counts as ready.
-        await self.live._ask(node.client, _Asked(0.0, 0), self.begin, -1)
-        node.ready_s = self.now()
-        member.up = True
-        self.starting -= 1
-
-    async def _leave(self, node: _Node) -> None:
-        self.fleet.leave(node.place)
-        await self.live._end(node)
-
-    def _background(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self.tasks.add(task)
+async def _watch(cluster: Any, seen: list[tuple[float, list[Any]]], killed: list[tuple[float, int, int]]) -> None:
+    """Looks at the engines, and kills the first one that is seen while it loads."""
+    while True:
+        seen.append((time.monotonic(), cluster.members()))
+        starting = [one.pid for one in seen[-1][1] if one.state == "starting" and one.pid is not None]
+        if starting and not killed:
+            killed.append((time.monotonic(), starting[0], cluster.migrations))
+            os.kill(starting[0], signal.SIGKILL)
+        await asyncio.sleep(LOOK_S)
 
 
 CARD = Card("cloud-native", "Autoscaling: HPA, promises and forecasts against static fleets and the oracle", paper=29)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import sys
 from dataclasses import replace
@@ -28,7 +29,7 @@ from millstream.core.sequence import Finish
 from millstream.engine.thread import AsyncEngine, EngineThread
 from millstream.runner.null_runner import expected
 
-QUICK = ClusterConfig(check_s=0.02, suspect_s=0.1, lost_s=0.4, patience_s=2.0)
+QUICK = ClusterConfig(check_s=0.02, suspect_s=0.1, lost_s=0.4, patience_s=2.0, stable_s=0.02)
 WAIT_S = 20.0
 
 
@@ -572,6 +573,51 @@ def test_a_backend_replaces_what_is_lost_and_backs_off_from_what_fails():
             await asyncio.sleep(0.01)
         assert sorted(one.name for one in cluster.members()) == ["0", "1"]
         assert cluster._nodes[victim.place].client in house.killed
+        await cluster.close()
+
+    run(test)
+
+
+def test_a_replica_that_crashes_again_and_again_gets_no_traffic_and_is_tried_ever_more_seldom():
+    async def test():
+        house, scaler = House(), Asks()
+        config = replace(QUICK, max_replicas=2, interval_s=0.02, stable_s=5.0)
+        cluster = ClusterClient(registry.make("router", "round-robin"), config, house, scaler)
+        await cluster.start()
+        await cluster.facts()
+        house.fails, scaler.wanted = 1000, 2
+        end = asyncio.get_running_loop().time() + 1.5
+        while asyncio.get_running_loop().time() < end:
+            read = Read(cluster, ask(cluster, max_tokens=5))
+            await read.task
+            assert read.finish() == [Finish.LENGTH]
+        # Pauses of 0.2, 0.4 and 0.8 s: three starts, or four.
+        assert 3 <= 1000 - house.fails <= 4
+        assert cluster.migrations == 0 and len(house.made) == 1 and house.made[0].took > 10
+        house.fails = 0
+        while len(cluster.fleet.up) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*(Read(cluster, ask(cluster)).task for _ in range(4)))
+        assert house.made[1].took == 2
+        await cluster.close()
+
+    run(test)
+
+
+def test_an_engine_that_is_lost_soon_after_it_was_up_counts_as_a_start_that_failed():
+    async def test():
+        house = House()
+        cluster = ClusterClient(registry.make("router", "least-work"), replace(QUICK, stable_s=5.0), house)
+        await cluster.start()
+        came = []
+        for _ in range(4):
+            while not cluster.fleet.up:
+                await asyncio.sleep(0.005)
+            came.append(asyncio.get_running_loop().time())
+            house.made[-1].die()
+            await asyncio.gather(Read(cluster, ask(cluster)).task, return_exceptions=True)
+        pauses = [after - before for before, after in itertools.pairwise(came)]
+        assert pauses[0] >= 0.2 and pauses[1] >= 0.4 and pauses[2] >= 0.8
         await cluster.close()
 
     run(test)
