@@ -57,6 +57,14 @@ def test_hpa_takes_as_many_as_bring_the_metric_to_its_target():
     assert wanted(rule("hpa", metric="kv", target=0.5), view(ready=2, kv=0.75)) == 3
 
 
+def test_of_several_metrics_the_one_that_wants_the_most_decides():
+    one = rule("hpa", metric="kv", target=0.5, also={"queue": 2.0, "busy": 0.8})
+    assert wanted(one, view(0.0, ready=2, kv=0.75, waiting=2, busy=0.8)) == 3
+    assert wanted(one, view(400.0, ready=2, kv=0.75, waiting=9, busy=0.8)) == 5
+    # One that is within its tolerance wants what there is, however little the others want.
+    assert wanted(one, view(800.0, ready=4, kv=0.1, waiting=0, busy=0.8)) == 4
+
+
 def test_hpa_lets_be_what_is_within_its_tolerance():
     one = rule("hpa", metric="inside", target=10.0)
     assert wanted(one, view(ready=1, running=11)) == 1
@@ -186,6 +194,8 @@ def test_capacity_is_the_most_that_was_seen_and_is_forgotten_in_time():
         ("static", {"n": 0}, "n is 1 or more"),
         ("hpa", {"metric": "cpu"}, "metric is one of busy, queue, inside, kv"),
         ("hpa", {"target": 0}, "target is above 0"),
+        ("hpa", {"also": {"gpu": 0.5}}, "metric is one of busy, queue, inside, kv"),
+        ("hpa", {"also": {"queue": 0.0}}, "target is above 0"),
         ("hpa", {"tolerance": -1}, "tolerance is 0 or more"),
         ("hpa", {"down_window_s": -1.0}, "down_window_s"),
         ("hpa", {"up_share": 0.0, "up_count": 0}, "nothing could ever be added"),

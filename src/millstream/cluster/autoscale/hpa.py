@@ -2,13 +2,14 @@
 
 desired = ceil(current * metric / target), where the metric is the mean over ready replicas. Nothing is done where the
 ratio is within `tolerance` of 1. Replicas that start yet count as doing nothing where more are wanted, so that those
-on their way are not ordered twice. Changes are held to `scaling.Behavior`: those of `autoscaling/v2` by default.
+on their way are not ordered twice. With several metrics the one that wants the most decides. Changes are held to `scaling.Behavior`: those of `autoscaling/v2` by default.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from millstream.cluster.protocol import Autoscaler, FleetView
@@ -24,11 +25,13 @@ TARGETS = {"busy": 0.7, "queue": 2.0, "inside": 8.0, "kv": 0.6}
 class Config:
     """`metric` of a replica: `busy`, the share of time in which it computes, as a CPU's use; `queue`, requests that
     wait; `inside`, requests that wait or run; `kv`, the share of KV blocks that is taken. `target` is its wished value
-    (None: that of `TARGETS`). The others are the autoscaler's `tolerance` and `behavior`.
+    (None: that of `TARGETS`); `also` has further metrics and their targets. The others are the autoscaler's `tolerance`
+    and `behavior`.
     """
 
     metric: Metric = "queue"
     target: float | None = None
+    also: Mapping[str, float] = field(default_factory=dict)
     tolerance: float = 0.1
     interval_s: float = 15.0
     down_window_s: float = 300.0
@@ -37,10 +40,11 @@ class Config:
     up_count: int = 4
 
     def __post_init__(self) -> None:
-        if self.metric not in get_args(Metric):
-            raise ValueError(f"metric is one of {', '.join(get_args(Metric))}, got {self.metric!r}")
-        if self.target is not None and not self.target > 0:
-            raise ValueError(f"target is above 0, got {self.target}")
+        for metric, target in ((self.metric, self.target), *self.also.items()):
+            if metric not in get_args(Metric):
+                raise ValueError(f"metric is one of {', '.join(get_args(Metric))}, got {metric!r}")
+            if target is not None and not target > 0:
+                raise ValueError(f"target is above 0, got {target}")
         if self.tolerance < 0 or self.interval_s <= 0:
             raise ValueError(
                 f"tolerance is 0 or more and interval_s above 0, got {self.tolerance} and {self.interval_s}"
@@ -54,33 +58,35 @@ class Config:
 class Hpa(Autoscaler):
     def __init__(self, config: Config) -> None:
         self.config, self.interval_s = config, config.interval_s
-        self._wished = TARGETS[config.metric] if config.target is None else config.target
+        own = TARGETS[config.metric] if config.target is None else config.target
+        self._wished = {**config.also, config.metric: own}
         self._stabilizer = Stabilizer(config.behavior())
 
     def target(self, fleet: FleetView, now: float) -> int:
-        return self._stabilizer.settle(fleet.size, self._desired(fleet), now)
+        wanted = max(self._desired(fleet, metric, wished) for metric, wished in self._wished.items())
+        return self._stabilizer.settle(fleet.size, wanted, now)
 
-    def _desired(self, fleet: FleetView) -> int:
+    def _desired(self, fleet: FleetView, metric: str, wished: float) -> int:
         ready = len(fleet.members)
         if not ready:
             return fleet.size  # nobody tells a metric
-        total = self._total(fleet)
+        total = _total(fleet, metric)
         # Rounded so that a bound that is met exactly is not passed by a rounding error.
-        ratio = round(total / ready / self._wished, 9)
+        ratio = round(total / ready / wished, 9)
         if round(abs(ratio - 1), 9) <= self.config.tolerance:
             return fleet.size
         if ratio > 1 and fleet.starting:
-            ratio = round(total / fleet.size / self._wished, 9)
+            ratio = round(total / fleet.size / wished, 9)
             if round(ratio - 1, 9) <= self.config.tolerance:
                 return fleet.size
         return math.ceil(round(ratio * (fleet.size if ratio > 1 else ready), 8))
 
-    def _total(self, fleet: FleetView) -> float:
-        if self.config.metric == "busy":
-            return fleet.busy * len(fleet.members)
-        if self.config.metric == "kv":
-            return fleet.kv * len(fleet.members)
-        return float(fleet.waiting + (fleet.running if self.config.metric == "inside" else 0))
+
+def _total(fleet: FleetView, metric: str) -> float:
+    """Over all members."""
+    if metric in ("busy", "kv"):
+        return (fleet.busy if metric == "busy" else fleet.kv) * len(fleet.members)
+    return float(fleet.waiting + (fleet.running if metric == "inside" else 0))
 
 
 CARD = Card("hpa", "Kubernetes' rule: as many replicas as bring a metric to its target", paper=29)
