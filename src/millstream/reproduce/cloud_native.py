@@ -72,8 +72,8 @@ LIVE_ENGINE = {
     "seed": 0,
 }
 LIVE_PROMPT, LIVE_OUTPUT = 160, 8
-PHASES = ((2.0, 0.25), (20.0, 1.4), (8.0, 1.0), (8.0, 0.2))
-LIVE_LOOK_S, LIVE_TARGET, LIVE_DOWN_S = 0.5, 1.5, 8.0
+PHASES = ((2.0, 0.25), (20.0, 1.4), (8.0, 1.0), (10.0, 0.4))
+LIVE_LOOK_S, LIVE_TARGET, LIVE_DOWN_S = 0.5, 2.0, 8.0
 LIVE_SLO = 6.0
 LOOK_S, START_S = 0.02, 60.0
 
@@ -579,7 +579,7 @@ async def _live_run(learned: _Learned, draw: random.Random) -> dict[str, float]:
             await asyncio.sleep(until - time.monotonic())
         await asyncio.gather(*tasks)
         with contextlib.suppress(TimeoutError):
-            await _until(lambda: len(cluster.members()) == 1)
+            await _until(lambda: len(watch.seen[-1][1]) == 1)
         watching.cancel()
         moved = cluster.migrations
     ready_s, cold_start_s = watch.two_up(begins[1])

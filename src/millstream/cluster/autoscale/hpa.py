@@ -1,8 +1,9 @@
 """The rule of the Kubernetes Horizontal Pod Autoscaler: as many replicas as bring a metric to its target.
 
-desired = ceil(current * metric / target), where the metric is the mean over ready replicas. Nothing is done where the
-ratio is within `tolerance` of 1. Replicas that start yet count as doing nothing where more are wanted, so that those
-on their way are not ordered twice. With several metrics the one that wants the most decides. Changes are held to `scaling.Behavior`: those of `autoscaling/v2` by default.
+desired = ceil(current * metric / target), where the metric is the mean over ready replicas; with several metrics the
+one that wants the most decides. Nothing is done where the ratio is within `tolerance` of 1. Replicas that start yet
+count as doing nothing where more are wanted, so that those on their way are not ordered twice. Changes are held to
+`scaling.Behavior`: those of `autoscaling/v2` by default.
 """
 
 from __future__ import annotations
