@@ -71,9 +71,9 @@ LIVE_ENGINE = {
     "runner": {"threads": 1},
     "seed": 0,
 }
-LIVE_PROMPT, LIVE_OUTPUT = 160, 8
-PHASES = ((2.0, 0.25), (20.0, 1.4), (8.0, 1.0), (10.0, 0.4))
-LIVE_LOOK_S, LIVE_TARGET, LIVE_DOWN_S = 0.5, 2.0, 8.0
+LIVE_PROMPT, LIVE_OUTPUT = 160, 32
+PHASES = ((2.0, 0.25), (20.0, 1.4), (8.0, 1.0), (10.0, 0.5))
+LIVE_LOOK_S, LIVE_TARGET, LIVE_DOWN_S = 0.5, 4.0, 8.0
 LIVE_SLO = 6.0
 LOOK_S, START_S = 0.02, 60.0
 
@@ -589,8 +589,8 @@ async def _live_run(learned: _Learned, draw: random.Random) -> dict[str, float]:
         "settled_p95": [one for one in sent[1] if one.at_s > begins[2] - (begins[2] - begins[1]) / 3],
     }
     p95 = {name: percentile(sorted(one.first_s - one.at_s for one in own), 95) for name, own in waits.items()}
-    draining = [(one.place, one.requests) for _, members in watch.seen for one in members if one.state == "draining"]
-    left = {one.place for one in watch.seen[-1][1]}
+    seen = [one for _, members in watch.seen for one in members]
+    ended = {one.pid for one in seen if one.pid is not None} - {one.pid for one in watch.seen[-1][1]}
     return {
         **{name: 100 * min(seconds, START_S) / learned.slo_s for name, seconds in p95.items()},
         "ttft_p95_s": min(p95["settled_p95"], START_S),
@@ -601,8 +601,8 @@ async def _live_run(learned: _Learned, draw: random.Random) -> dict[str, float]:
         "moved": float(moved),
         "replaced_s": watch.two_up(killed_s)[0] - killed_s,
         "lost": float(sum(not one.whole for own in sent for one in own)),
-        "drained_with": float(max((requests for _, requests in draining), default=0)),
-        "removed": float(len({place for place, _ in draining} - left)),
+        "drained_with": float(max((one.requests for one in seen if one.state == "draining"), default=0)),
+        "removed": float(len(ended - {pid for _, _, pid in watch.killed})),
     }
 
 
