@@ -82,6 +82,23 @@ def test_a_rank_is_a_tuple_of_numbers_that_is_stable_and_pure(name):
     assert [again.rank(seq.view, view) for seq in seqs] == first
 
 
+@pytest.mark.parametrize("name", [name for name in POLICIES if registry.get("policy", name).constant_rank])
+def test_a_rank_that_is_said_to_be_constant_is(name):
+    policy = registry.make("policy", name)
+    running, waiting = crowd(oracle=7 if name in ORACLES else None)
+    seqs = [*running, *waiting]
+    view = view_of(running, waiting)
+    first = [policy.rank(seq.view, view) for seq in seqs]
+    for seq in seqs:
+        seq.tokens += [1, 2, 3]
+        seq.computed = len(seq.tokens) - 1
+        seq.preemptions += 1
+        seq.state = State.WAITING if seq.state is State.RUNNING else State.RUNNING
+        seq.stamps.admitted = seq.stamps.first_token = 3.0
+    later = view_of(waiting, running, now=1e6)
+    assert [policy.rank(seq.view, later) for seq in seqs] == first
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_stack_over_a_policy_orders_everybody(name):
     stack = PolicyStack([registry.make("policy", name)])

@@ -111,6 +111,15 @@ def test_requests_at_the_limits_are_taken():
     ask([1], adapter="mine").check(Limits(100, 32, 24, adapters=frozenset({"mine"})))
 
 
+def test_ids_that_are_known_to_be_in_bounds_are_looked_at_only_where_the_bound_is_lower():
+    limits = Limits(100, 50, 1000)
+    Request(1, (Tokens((1, 99), below=100),)).check(limits)
+    assert Tokens((1,), below=100) == Tokens((1,))
+    for tokens in (Tokens((1, 100), below=101), Tokens((1, 100))):
+        with pytest.raises(BadRequest, match="token ids from 0 to 99"):
+            Request(1, (Tokens((3,), below=100), tokens)).check(limits)
+
+
 def test_a_prompt_of_several_stretches_counts_as_one():
     request = Request(1, (Tokens((1, 2)), Tokens((3,))))
     assert request.num_prompt == 3 and request.prompt_ids == [1, 2, 3]

@@ -555,3 +555,17 @@ def test_prefill_first_never_puts_prompts_beside_decodes():
 
 def test_the_end_token_of_the_harness_is_in_its_vocabulary():
     assert 0 <= EOS < VOCAB
+
+
+def test_who_listens_from_some_time_on_hears_of_rows_from_then_on():
+    bench = Bench()
+    bench.engine.listeners.clear()
+    request = bench.add([1, 2, 3], 6)
+    for _ in range(3):
+        bench.step()
+    heard = []
+    bench.engine.listeners.append(heard.append)
+    bench.run()
+    kinds = [type(event) for event in heard]
+    assert kinds.count(Emitted) == 3 and kinds.count(Stepped) == 3 and kinds[-1] is Stepped
+    assert bench.output(request) == bench.truth(request)

@@ -150,3 +150,23 @@ def test_without_a_score_an_expected_length_orders_and_without_both_the_average(
 def test_options_that_make_no_sense_are_refused(name, bad):
     with pytest.raises(Exception, match=next(iter(bad))):
         registry.make("policy", Choice(name, bad))
+
+
+def test_a_rank_that_never_changes_is_asked_for_once_and_orders_as_it_would_each_time(monkeypatch):
+    plain, asked = registry.get("policy", "fcfs").rank, []
+    monkeypatch.setattr(
+        registry.get("policy", "fcfs"), "rank", lambda self, *given: asked.append(1) or plain(self, *given)
+    )
+    ends = []
+    for constant in (True, False):
+        monkeypatch.setattr(registry.get("policy", "fcfs"), "constant_rank", constant)
+        bench = Bench(num_blocks=12, preemption="recompute")
+        requests = [bench.add([n, 2, 3], 12) for n in range(6)]
+        bench.run()
+        if constant:
+            assert len(asked) == len(requests) and any(
+                bench.chunks[(one.id, 0)][-1].metrics.preemptions for one in requests
+            )
+        ends.append([bench.chunks[(one.id, 0)][-1].metrics for one in requests])
+        bench.clean()
+    assert ends[0] == ends[1]
