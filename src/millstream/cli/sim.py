@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,9 @@ def run(args: argparse.Namespace) -> int:
             return _compare(prepared, slo, args)
         calls = prepared.calls()
         with output.progress_bar(len(calls)) as step:
+            began = time.perf_counter()
             result = prepared.run(calls=calls, keep_steps=bool(args.chrome), progress=step)
+            took = time.perf_counter() - began
         found = report.found_of(result, METRICS, percentiles, slo)
         rows = report.tenants(result, slo)
         if args.chrome:
@@ -192,6 +195,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{found['replica_seconds']:.0f} replica-seconds, {found['mean_replicas']:.2f} replicas on average, "
                 f"{found['peak_replicas']} at most, {found['scale_changes']} changes"
             )
+        output.note(f"simulated in {took:.2f} s: {len(calls) / took:.0f} requests a second")
         print(
             f"{result.steps} steps, {busy}; "
             f"{found['preemptions']} preemptions, {found['retries']} sent again; fingerprint {result.fingerprint}"
