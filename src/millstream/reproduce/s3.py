@@ -39,9 +39,9 @@ SHORT = ("gsm8k-number", "mbpp-docs", "truthfulqa-brief", "strategyqa", "aqua", 
 CHATS, CHATS_TESTED = ("sharegpt", "arena-hard"), ("oasst", "vicuna-bench", "mt-bench")
 # Tokens of KV: two requests at their longest.
 CACHE, SEATS = 1280, 64
-LIVE, QUICK_LIVE = 52, 16
+LIVE, QUICK_LIVE = 26, 10
 PROFILE, ENGINES, SIM_CACHE, SIM_SEATS = "vidur-a100-llama3-8b-tp1", 4, 3200, 256
-SIMULATED, QUICK_SIMULATED = 520, 120
+SIMULATED, QUICK_SIMULATED = 260, 100
 RETRAIN = 60
 # Prompts of up to 512 tokens and as long outputs.
 LONGEST = 1024
@@ -283,7 +283,7 @@ class S3(Experiment):
         ctx.repeat = 0
         runs = {}
         for name in ARMS:
-            calls = self._calls(ctx, name, ctx.size(16, 8), False)
+            calls = self._calls(ctx, name, ctx.size(12, 6), False)
             runs[name] = self._live(calls, name)
         lengths = {call.id: call.num_output for call in calls}
         rows = [
