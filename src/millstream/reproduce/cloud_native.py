@@ -52,7 +52,7 @@ MODEL = "smollm2-135m"
 TRACE = "azure-conv"
 MOST_PROMPT = 1024
 MOST = 8
-DAY_S, QUICK_DAY_S = 1200.0, 240.0
+DAY_S = 1200.0
 LOW = 0.2
 BURST_FOR_S, BURST_TIMES = 60.0, 3.0
 BURSTS_A_DAY = 3
@@ -189,7 +189,7 @@ class CloudNative(Experiment):
         Required("and not the fast one", Of("tandem-hpa", "fast_servers"), at_most=1.0),
     )
     warmup = 0
-    seconds = 600.0
+    seconds, quick_seconds = 600.0, 300.0
     sources = (
         "millstream.sim.simulate",
         "millstream.sim.scaling",
@@ -197,6 +197,8 @@ class CloudNative(Experiment):
         "millstream.sim.arrivals",
         "millstream.cluster.fleet",
         "millstream.cluster.scaling",
+        "millstream.cluster.client",
+        "millstream.cluster.ray_backend",
         "millstream.engine.calibrate",
     )
 
@@ -213,7 +215,6 @@ class CloudNative(Experiment):
         self._live = asyncio.run(_learn(ctx.size(24, 12), ctx.size(3, 1)))
         self.cold_start_s = self._live.cold_start_s
         self.capacity = self._capacity(ctx)
-        self.day_s = DAY_S if not ctx.quick else QUICK_DAY_S
         self.mean = MOST * self.capacity * (1 + LOW) / 2 / BURST_TIMES
         self._days: dict[int, Any] = {}
         self._runs: dict[tuple[int, str], dict[str, float]] = {}
@@ -281,17 +282,15 @@ class CloudNative(Experiment):
         from millstream.sim.arrivals import Bursts, Diurnal, RateCurve
 
         if seed not in self._days:
-            diurnal = Diurnal(self.day_s, LOW)
-            bursts = Bursts(self.day_s / BURSTS_A_DAY, min(BURST_FOR_S, self.day_s / 10), BURST_TIMES)
+            diurnal = Diurnal(DAY_S, LOW)
+            bursts = Bursts(DAY_S / BURSTS_A_DAY, BURST_FOR_S, BURST_TIMES)
             draw = random.Random(seed)
             start = draw.randrange(len(self.rows))
             rows = self.rows[start:] + self.rows[:start]
-            most = int(self.mean * BURST_TIMES * self.day_s)
-            calls = self._calls_of(
-                rows, self.mean, seed, diurnal=diurnal, bursts=bursts, count=most, seconds=self.day_s
-            )
+            most = int(self.mean * BURST_TIMES * DAY_S)
+            calls = self._calls_of(rows, self.mean, seed, diurnal=diurnal, bursts=bursts, count=most, seconds=DAY_S)
             curve = RateCurve(self.mean, diurnal, bursts, seed)
-            self._days[seed] = calls, curve.sampled(self.day_s, 15.0)
+            self._days[seed] = calls, curve.sampled(DAY_S, 15.0)
         return self._days[seed]  # type: ignore[no-any-return]
 
     def _rule(self, arm: str, curve: tuple[list[float], list[float]]) -> Choice:
