@@ -43,7 +43,7 @@ def test_a_ranker_is_trained_and_orders_requests(tmp_path, capsys):
         made.engine.submit(Request(number, (Tokens(ids),), SamplingParams(max_tokens=4)), chunks.append)
     made.engine.step()
     hints = [seq.view.hints for seq in made.engine.scheduler.live.values()]
-    assert all(one.score is not None and 1 <= one.expected_output_len <= 24 for one in hints)
+    assert len(hints) == 2 and all(one.score is not None and 1 <= one.expected_output_len <= 24 for one in hints)
     while made.engine.busy:
         made.engine.step()
     assert sum(chunk.finish is not None for chunk in chunks) == 2

@@ -100,7 +100,8 @@ class Engine:
         self._unready: list[Sequence] = []
         self.wake: Callable[[], None] = lambda: None
         self.lengths = lengths
-        self._learns = lengths is not None and type(lengths).observe is not LengthPredictor.observe
+        learns = lengths is not None and type(lengths).observe is not LengthPredictor.observe
+        self._learner = lengths if learns else None
         self._unguessed: list[int] = []  # requests that nobody has guessed about yet
         self._guess_failed = False
         self.guess_s = 0.0
@@ -179,7 +180,7 @@ class Engine:
             group.observers[index] = self._watchers(request, prior, seq.guides)
         group.unfinished = len(group.seqs)
         self._groups[request.id] = group
-        if self.lengths is not None and request.kind is Kind.GENERATE and request.id != SELF_TEST:
+        if self.lengths is not None and request.kind is _GENERATE and request.id != SELF_TEST:
             self._unguessed.append(request.id)
         if request.slo.deadline_s is not None:
             self._set_deadline(request.id, group.seqs[0].stamps.arrival + request.slo.deadline_s)
@@ -632,14 +633,14 @@ class Engine:
     @property
     def _heard(self) -> bool:
         """Whether anybody hears of events: what is told for every row of every step is not made for nobody."""
-        return bool(self.listeners) or self._learns or self.scheduler.policy.observes
+        return bool(self.listeners) or self._learner is not None or self.scheduler.policy.observes
 
     def tell(self, event: Event) -> None:
         """Has policies and listeners hear of what happened."""
         self.scheduler.policy.observe(event)
-        if self._learns and self.lengths is not None:
+        if self._learner is not None:
             try:
-                self.lengths.observe(event)
+                self._learner.observe(event)
             except Exception:
                 self._log_guess("observe")
         for listener in self.listeners:

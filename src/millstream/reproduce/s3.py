@@ -45,7 +45,7 @@ SIMULATED, QUICK_SIMULATED = 260, 100
 RETRAIN = 60
 # Prompts of up to 512 tokens and as long outputs.
 LONGEST = 1024
-PLAIN = ("max", "asked", "paged")
+PLAIN = ("max", "asked", "paged")  # first come, first served
 ARMS = {
     "max": "the longest that the engine serves",
     "asked": "the most that it asks for",
@@ -54,22 +54,23 @@ ARMS = {
     "random": "a bucket drawn by chance",
     "paged": "no runs: paged blocks",
 }
+# What an arm turns on; that of lengths which are read goes by what was read beforehand where it is simulated.
+USES = {
+    name: (
+        "policy:fcfs" if name in PLAIN else "policy:s3",
+        "meter:kv-blocks" if name == "paged" else "meter:contiguous",
+        *(("length:ranker",) if name == "s3" else ()),
+    )
+    for name in ARMS
+}
 
 
 class S3(Experiment):
     name, paper = "s3", 15
     title = "Runs of KV as long as outputs are expected to be"
     arms = (
-        Arm("max", ARMS["max"], ("policy:fcfs", "meter:contiguous")),
-        Arm("asked", ARMS["asked"], ("policy:fcfs", "meter:contiguous")),
-        Arm("s3", ARMS["s3"], ("policy:s3", "meter:contiguous", "length:ranker")),
-        Arm("oracle", ARMS["oracle"], ("policy:s3", "meter:contiguous")),
-        Arm("random", ARMS["random"], ("policy:s3", "meter:contiguous")),
-        Arm("paged", ARMS["paged"], ("policy:fcfs", "meter:kv-blocks")),
-        *(
-            Arm(f"sim-{name}", f"{ENGINES} engines: {told}", ("policy:s3", "meter:contiguous"))
-            for name, told in ARMS.items()
-        ),
+        *(Arm(name, told, USES[name]) for name, told in ARMS.items()),
+        *(Arm(f"sim-{name}", f"{ENGINES} engines: {told}", USES[name]) for name, told in ARMS.items()),
     )
     metrics = (
         Metric("tokens_per_s", "tokens/s", "higher", "tokens of answers over the time of the run"),
@@ -299,11 +300,9 @@ class S3(Experiment):
         return CheckResult(tuple(rows))
 
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
-        simulated = arm.name.startswith("sim-")
-        name = arm.name.removeprefix("sim-")
-        if simulated:
+        name, found = arm.name.removeprefix("sim-"), {}
+        if name != arm.name:
             served, seconds = self._simulated(ctx, name)
-            found = {}
         else:
             calls = self._calls(ctx, name, ctx.size(LIVE, QUICK_LIVE), False)
             played = self._live(calls, name)
@@ -313,14 +312,13 @@ class S3(Experiment):
                 "answers are the same in every arm, and as long as their labels",
                 played.tokens == reference and all(len(reference[call.id]) == call.num_output for call in calls),
             )
-            found = {
-                "accuracy": self.accuracy,
-                "shifted": self.shifted,
-                "refitted": self.refitted,
-                "guess_share": 100 * played.guess_s / seconds,
-            }
-        if name != "s3":
-            found = {}
+            if name == "s3":
+                found = {
+                    "accuracy": self.accuracy,
+                    "shifted": self.shifted,
+                    "refitted": self.refitted,
+                    "guess_share": 100 * played.guess_s / seconds,
+                }
         inside = sum(one.times_s[-1] - one.times_s[0] for one in served)
         lost = sum(one.preemptions > 0 for one in served)
         return found | {
@@ -330,15 +328,12 @@ class S3(Experiment):
         }
 
     def _simulated(self, ctx: Context, name: str) -> tuple[Sequence[Any], float]:
+        from millstream.sched.meters import usual
         from millstream.sim.replica import EngineSetting
         from millstream.sim.simulate import Simulation
 
         calls = self._calls(ctx, name, ctx.size(SIMULATED, QUICK_SIMULATED), True)
-        meters = (
-            Choice("splitfuse", {"budget": self.profile.step_tokens}),
-            Choice("seats", {"max_rows": SIM_SEATS}),
-            self._meter(name),
-        )
+        meters = (*usual(self.profile.step_tokens, SIM_SEATS)[:-1], self._meter(name))
         setting = EngineSetting(
             (Choice("fcfs" if name in PLAIN else "s3"),),
             meters,

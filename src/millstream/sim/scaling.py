@@ -255,12 +255,12 @@ class Scaler:
 
     def _met(self, served: Served) -> bool | None:
         """Whether a call got what it was promised; None where that was nothing."""
+        promised = served.call.slo or self.setting.promise
         times, arrival_s = served.times_s, served.arrival_s
-        whole = bool(times) and served.finish in ("stop", "length")
-        pace_s = (times[-1] - times[0]) / max(1, len(times) - 1) if times else None
-        ends_s = times[-1] - arrival_s if times else 0.0
-        met = (served.call.slo or self.setting.promise).met(times[0] - arrival_s if times else None, pace_s, ends_s)
-        return None if met is None else met and whole
+        if not times or served.finish not in ("stop", "length"):
+            return None if promised.met(None, None, 0.0) is None else False
+        pace_s = (times[-1] - times[0]) / max(1, len(times) - 1)
+        return promised.met(times[0] - arrival_s, pace_s, times[-1] - arrival_s)
 
     # -- what it takes
 
