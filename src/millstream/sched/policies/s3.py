@@ -49,7 +49,8 @@ class S3(Policy):
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
         packed = self._packed.values() if self._at == view.now else ()
         left = view.free_blocks - sum(_blocks(tokens, view) for tokens in packed)
-        if _blocks(_tokens(seq), view) <= left or not view.running:
+        # Where nobody runs one is tried whatever it takes; the view does not tell of those who entered in this pass.
+        if _blocks(_tokens(seq), view) <= left or not (view.running or packed):
             return Verdict.ADMIT
         return Verdict.HOLD if view.now - seq.arrival > self.config.patience_s else Verdict.SKIP
 
