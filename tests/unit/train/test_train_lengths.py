@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def prompts(count, seed, cap=200):
 def test_an_order_is_learned_and_holds_for_prompts_that_were_not_seen():
     vectors, lengths = prompts(400, 1)
     others, truth = prompts(100, 2)
-    heads = fit(vectors, lengths, 200)
+    heads = fit(vectors, lengths, 200, epochs=60, decay=0.01)
     assert kendall(heads.scores(others), -truth) > 0.7
     told = torch.tensor(heads.lengths(others))
     assert kendall(told, truth) > 0.6
@@ -34,8 +35,12 @@ def test_an_order_is_learned_and_holds_for_prompts_that_were_not_seen():
 def test_from_lengths_of_other_prompts_nothing_is_learned():
     vectors, lengths = prompts(400, 1)
     others, truth = prompts(200, 2)
-    mixed = lengths[torch.randperm(400, generator=torch.Generator().manual_seed(3))]
-    assert abs(kendall(fit(vectors, mixed, 200).scores(others), -truth)) < 0.2
+    # One shuffle says something by chance: the mean of many does not.
+    taus = []
+    for seed in range(8):
+        mixed = lengths[torch.randperm(400, generator=torch.Generator().manual_seed(seed))]
+        taus.append(kendall(fit(vectors, mixed, 200).scores(others), -truth))
+    assert abs(statistics.fmean(taus)) < 0.2
 
 
 def test_scores_are_on_one_scale_and_the_same_seed_gives_the_same_heads():
