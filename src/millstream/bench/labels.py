@@ -23,6 +23,7 @@ from millstream.bench.drive import drive
 from millstream.bench.prompts import Prompt
 from millstream.core.errors import BadFile
 from millstream.core.request import Request, SamplingParams, Tokens
+from millstream.sim.workload import Call
 
 CLIENTS = 64
 
@@ -81,13 +82,10 @@ def collect(
     *,
     most_prompt: int = 1024,
     progress: Callable[[], None] | None = None,
-    generate: bool = True,
 ) -> list[Label]:
     """Labels of all prompts, in their order; what is not in `path` yet is generated and written there as it ends.
 
-    Without `generate` those that are not there are left out. A prompt whose answer failed has no label.
-
-    Raises BadFile for a file that holds something else.
+    A prompt whose answer failed has no label. Raises BadFile for a file that holds something else.
     """
     known = read(path)
     keys = [serving.key(prompt.text) for prompt in prompts]
@@ -95,7 +93,7 @@ def collect(
     asked: dict[int, tuple[str, Prompt]] = {}
     requests: list[Request] = []
     for key, prompt, prompt_ids in zip(keys, prompts, ids, strict=True):
-        if generate and key not in known:
+        if key not in known:
             asked[len(requests)] = (key, prompt)
             requests.append(Request(len(requests), (Tokens(prompt_ids),), serving.params(prompt.text)))
             known[key] = (0, False)
@@ -121,6 +119,12 @@ def collect(
             drive(engine, [replace(one, arrival=0.0) for one in requests], clients=CLIENTS, keep=keep)
     found = zip(keys, prompts, ids, strict=True)
     return [Label(prompt, prompt_ids, *known[key]) for key, prompt, prompt_ids in found if key in known]
+
+
+def answers(serving: Serving, labels: Sequence[Label], calls: Sequence[Call]) -> dict[int, SamplingParams]:
+    """By call, what has it answered as its prompt was when that was measured. Prompts of calls are `ids` of labels."""
+    texts = {label.ids: label.prompt.text for label in labels}
+    return {call.id: serving.params(texts[call.prompt]) for call in calls}
 
 
 def missing(serving: Serving, prompts: Sequence[Prompt], path: Path) -> list[Prompt]:

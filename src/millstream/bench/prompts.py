@@ -112,6 +112,11 @@ def family(name: str) -> list[Prompt]:
     return _unique(_rows(path, data.read(path), source in BARE), look, name, path)
 
 
+def files(names: Iterable[str]) -> dict[str, Path]:
+    """The data sets that families are of. Raises DownloadError."""
+    return {name: data.find(name) for name in sorted({FAMILIES[family][0] for family in names})}
+
+
 def draw(counts: Mapping[str, int], seed: int = 0, most_chars: int = MAX_CHARS) -> list[Prompt]:
     """At most so many prompts of each family, shuffled among each other; none of more than `most_chars` characters."""
     out: list[Prompt] = []

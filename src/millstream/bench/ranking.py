@@ -62,11 +62,11 @@ def _common(texts: Sequence[str]) -> str:
     return first[:same]
 
 
-def vectors(trunk: Any, texts: Sequence[str], progress: Any = None) -> Any:
-    """(N, V) of texts, a few at a time."""
+def vectors(model: Any, trunk: Any, tokenizer: Any, labels: Sequence[Label], progress: Any = None) -> Any:
+    """(N, V) of prompts as a LengthModel reads them, a few at a time."""
     import torch
 
-    found = []
+    texts, found = [model.bare(tokenizer.decode(label.ids)) for label in labels], []
     for start in range(0, len(texts), BATCH):
         found.append(trunk.vectors(texts[start : start + BATCH]))
         if progress is not None:
@@ -86,11 +86,11 @@ def train(
     shuffled: bool = False,
     seed: int = 0,
     progress: Any = None,
-) -> tuple[Any, dict[str, float]]:
-    """A LengthModel of `labels`, and Kendall's tau on `held_out` of its order and of others to compare it with.
+) -> tuple[Any, dict[str, Any]]:
+    """A LengthModel of `labels`, and the orders (N,) into which it and others to compare it with put `held_out`.
 
-    `cap` is the most tokens that an answer had. `shuffled` trains on lengths of other prompts, from which nothing is
-    to be learned. Raises ValueError for fewer than two labels.
+    Kendall's tau of each is in `told` of the model. `cap` is the most tokens that an answer had. `shuffled` trains on
+    lengths of other prompts, from which nothing is to be learned. Raises ValueError for fewer than two labels.
     """
     import torch
 
@@ -98,16 +98,16 @@ def train(
     from millstream.train.lengths import fit, kendall, squares
 
     trunk = trunk or Trunk()
-    texts = [tokenizer.decode(label.ids) for label in labels]
-    model = LengthModel(None, None, trunk.name, served, frame(texts))  # type: ignore[arg-type]
-    rows = vectors(trunk, [model.bare(text) for text in texts], progress)
+    framed = frame([tokenizer.decode(label.ids) for label in labels])
+    model = LengthModel(None, None, trunk.name, served, framed)  # type: ignore[arg-type]
+    rows = vectors(model, trunk, tokenizer, labels, progress)
     lengths = torch.tensor([label.tokens for label in labels])
     mixed = lengths[torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))]
     model.seen = Seen(rows, mixed if shuffled else lengths)
     model.heads = fit(rows, model.seen.lengths, cap, seed=seed)
     if len(held_out) < 2:
         return model, {}
-    others = vectors(trunk, [model.bare(tokenizer.decode(label.ids)) for label in held_out], progress)
+    others = vectors(model, trunk, tokenizer, held_out, progress)
     truth = -torch.tensor([label.tokens for label in held_out])
     draw = torch.Generator().manual_seed(seed)
     found = {
@@ -119,4 +119,4 @@ def train(
         "random": torch.rand(len(held_out), generator=draw),
     }
     model.told = {"tau": {name: kendall(order, truth) for name, order in found.items()}, "labels": len(labels)}
-    return model, model.told["tau"]
+    return model, found

@@ -65,18 +65,15 @@ def run(args: argparse.Namespace) -> int:
         random.Random(1).shuffle(asked)
         missing = len(labels.missing(serving, asked, kept))
         with output.progress_bar(missing, "answers", off=args.json) as advance:
-            labels.collect(made.engine, made.tokenizer, serving, asked, kept, progress=advance)
+            answered = labels.collect(made.engine, made.tokenizer, serving, asked, kept, progress=advance)
         answered_s = time.perf_counter() - started
-        found = [
-            labels.collect(made.engine, made.tokenizer, serving, part, kept, generate=False)
-            for part in (learned, tested)
-        ]
+        label_of = {label.prompt: label for label in answered}
+        found = [[label_of[prompt] for prompt in part if prompt in label_of] for part in (learned, tested)]
         with output.progress_bar(sum(map(len, found)), "prompts read", off=args.json) as advance:
-            model, taus = ranking.train(
-                found[0], found[1], made.tokenizer, args.cap, served=args.model, progress=advance
-            )
+            model, _ = ranking.train(found[0], found[1], made.tokenizer, args.cap, served=args.model, progress=advance)
         model.save(out)
         made.engine.close()
+    taus = model.told.get("tau", {})
     if args.json:
         output.emit(
             {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,21 +157,19 @@ class Ltr(Experiment):
         tokenizer = self.stage.model.tokenizer
         ctx.say(f"learning from {len(learned)} answers")
         trunk = Trunk()
-        self.files: dict[str, Path] = {}
-        for name in ("ltr", "shuffled"):
-            model, taus = ranking.train(
+        self.trained: dict[str, Path] = {}
+        self.scores: dict[str, list[float]] = {}
+        self.taus: dict[str, float] = {}
+        for name in ("shuffled", "ltr"):
+            model, orders = ranking.train(
                 learned, self.tested, tokenizer, CAP, served=MODEL, trunk=trunk, shuffled=name == "shuffled"
             )
-            self.files[name] = ctx.scratch / f"{name}.safetensors"
-            model.save(self.files[name])
-            if name == "ltr":
-                self.taus = taus
-            texts = [model.bare(tokenizer.decode(label.ids)) for label in self.tested]
-            scores = model.heads.scores(ranking.vectors(trunk, texts)).tolist()
-            self.scores = getattr(self, "scores", {}) | {name: scores}
+            self.trained[name] = ctx.scratch / f"{name}.safetensors"
+            model.save(self.trained[name])
+            self.scores[name], self.taus = orders["ranker"].tolist(), model.told["tau"]
         ctx.repeat = -1
         calls = self._calls(ctx, 0.0, 24)
-        played = self.stage.live(calls, self._setting("fcfs"), answers=self._answers(calls))
+        played = self.stage.live(calls, self._setting("fcfs"), answers=labels.answers(self.serving, self.tested, calls))
         self.rate = LOAD * len(calls) / played.seconds
         ctx.say(
             f"Kendall's tau {self.taus['ranker']:.2f} on {len(self.tested)} other prompts; {self.rate:.1f} a second"
@@ -179,14 +178,12 @@ class Ltr(Experiment):
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import prompts, ranking
-        from millstream.sim import data
 
-        sets = {prompts.FAMILIES[name][0] for name in (*ranking.TRAIN, *ranking.TEST)}
         told = repr((ranking.TRAIN, ranking.TEST, self.serving, SEATS, LOAD, LIVE, SIMULATED, SIM_SEATS))
         return {
             "model": self.stage.model.source.checksum().encode(),
             "shapes": told.encode(),
-            **{name: data.find(name) for name in sorted(sets)},
+            **prompts.files((*ranking.TRAIN, *ranking.TEST)),
         }
 
     # -- traffic
@@ -202,14 +199,10 @@ class Ltr(Experiment):
             at += draw.expovariate(rate) if rate else 0.0
         return calls
 
-    def _answers(self, calls: Sequence[Any]) -> dict[int, Any]:
-        by_ids = {label.ids: label.prompt.text for label in self.tested}
-        return {call.id: self.serving.params(by_ids[call.prompt]) for call in calls}
-
     def _setting(self, name: str) -> Any:
         from millstream.bench.stage import Setting
 
-        lengths = Choice("ranker", {"file": str(self.files["shuffled" if name == "shuffled" else "ltr"])})
+        lengths = Choice("ranker", {"file": str(self.trained["shuffled" if name == "shuffled" else "ltr"])})
         known = lengths if POLICIES[name].name == "ltr" else None
         return Setting((POLICIES[name], Choice("fcfs")), seats=SEATS, preemption="swap", lengths=known)
 
@@ -217,9 +210,11 @@ class Ltr(Experiment):
 
     def check(self, ctx: Context) -> CheckResult:
         """The answers of a prompt are the same whoever goes first, and as long as they were when they were measured."""
+        from millstream.bench import labels, ranking
+
         ctx.repeat = 0
         calls = self._calls(ctx, 0.0, ctx.size(24, 12))
-        answers = self._answers(calls)
+        answers = labels.answers(self.serving, self.tested, calls)
         runs = {
             name: self.stage.live(_knowing(calls), self._setting(name), answers=answers).tokens for name in POLICIES
         }
@@ -236,8 +231,6 @@ class Ltr(Experiment):
             CheckRow("answers are as long as when they were measured", same == len(calls), f"{same} of {len(calls)}")
         )
         families = {label.prompt.family for label in self.tested}
-        from millstream.bench import ranking
-
         rows.append(
             CheckRow(
                 "no family is learned from and tested on",
@@ -256,8 +249,10 @@ class Ltr(Experiment):
 
     def _live(self, ctx: Context) -> dict[str, dict[str, float]]:
         """All orders, one after the other: what is gained counts against the oracle on the same prompts."""
+        from millstream.bench import labels
+
         calls = self._calls(ctx, self.rate, ctx.size(LIVE, QUICK_LIVE))
-        answers, found, texts = self._answers(calls), {}, {}
+        answers, found, texts = labels.answers(self.serving, self.tested, calls), {}, {}
         names = list(POLICIES)
         first = ctx.repeat % len(names)
         for name in (*names[first:], *names[:first]):
@@ -316,8 +311,6 @@ class Ltr(Experiment):
 
 def _knowing(calls: Sequence[Any]) -> list[Any]:
     """Calls that say how long they will be, for the oracle's arm."""
-    from dataclasses import replace
-
     return [replace(call, hints=Hints(oracle=call.num_output)) for call in calls]
 
 

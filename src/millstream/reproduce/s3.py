@@ -163,14 +163,12 @@ class S3(Experiment):
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import prompts, ranking
-        from millstream.sim import data
 
-        sets = {prompts.FAMILIES[name][0] for name in (*ranking.TRAIN, *TESTED, *CHATS_TESTED)}
         told = repr((ranking.TRAIN, TESTED, SHARES, self.serving, CACHE, SEATS, LIVE, SIM_CACHE, SIMULATED))
         return {
             "model": self.stage.model.source.checksum().encode(),
             "shapes": told.encode(),
-            **{name: data.find(name) for name in sorted(sets)},
+            **prompts.files((*ranking.TRAIN, *TESTED, *CHATS_TESTED)),
         }
 
     # -- the model of lengths
@@ -178,10 +176,8 @@ class S3(Experiment):
     def _lengths(self, model: Any, trunk: Any, labels: Sequence[Any]) -> list[int]:
         from millstream.bench import ranking
 
-        decode = self.stage.model.tokenizer.decode
-        found: list[int] = model.heads.lengths(
-            ranking.vectors(trunk, [model.bare(decode(label.ids)) for label in labels])
-        )
+        rows = ranking.vectors(model, trunk, self.stage.model.tokenizer, labels)
+        found: list[int] = model.heads.lengths(rows)
         return found
 
     def _accuracy(self, model: Any, trunk: Any, labels: Sequence[Any]) -> float:
@@ -190,7 +186,7 @@ class S3(Experiment):
             (guess - 1) // model.heads.width == (label.tokens - 1) // model.heads.width
             for guess, label in zip(guessed, labels, strict=True)
         )
-        return 100 * right / len(labels)
+        return float(100 * right / len(labels))
 
     def _shift(self, ctx: Context, learned: Sequence[Any], chats: Sequence[Any], trunk: Any) -> tuple[float, float]:
         """The share of right buckets on chats, by a model of short tasks, before and after it is fitted anew.
@@ -259,9 +255,9 @@ class S3(Experiment):
         return Choice("contiguous", {"reserve": "hint"})
 
     def _live(self, calls: Sequence[Any], name: str) -> Any:
+        from millstream.bench import labels
         from millstream.bench.stage import Setting
 
-        texts = {label.ids: label.prompt.text for label in self.tested}
         setting = Setting(
             (Choice("fcfs" if name in PLAIN else "s3"),),
             seats=SEATS,
@@ -271,9 +267,7 @@ class S3(Experiment):
             preemption="swap",
             lengths=Choice("ranker", {"file": str(self.file)}) if name == "s3" else None,
         )
-        return self.stage.live(
-            calls, setting, answers={call.id: self.serving.params(texts[call.prompt]) for call in calls}
-        )
+        return self.stage.live(calls, setting, answers=labels.answers(self.serving, self.tested, calls))
 
     # -- runs
 
