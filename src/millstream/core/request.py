@@ -21,6 +21,10 @@ MAX_SECONDS = 1e9
 MAX_PRIORITY = 2**63 - 1
 MAX_STRUCTURED_CHARS = 1 << 18
 MAX_LEAD_CHARS = 1024
+MAX_PROGRAM_CHARS = 512
+MAX_STAGE_CHARS = 128
+MAX_PARENTS = 1024
+MAX_CALL = 2**63 - 1
 
 
 def _integer(param: str, got: object, low: int, high: int) -> None:
@@ -265,16 +269,34 @@ class Slo:
 class Program:
     """The place of a call in a workflow of many calls: calls of one `thread` follow each other.
 
-    `stage` names the step of the workflow that it is, `parents` are the calls whose ends it waited for. `service_s` is
-    what the program had been served elsewhere when the call was made (seconds of model time, its longest path).
+    `stage` names the step of the workflow that it is, `parents` are the calls whose ends it waited for, by their
+    `call`: none for the first ones, None where nobody said. `service_s` is what the program had been served elsewhere
+    when the call was made (seconds of model time, its longest path). Raises BadRequest when a value is out of bounds.
     """
 
     id: str
     call: int = 0
     thread: int = 0
     stage: str = ""
-    parents: tuple[int, ...] = ()
+    parents: tuple[int, ...] | None = None
     service_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not 0 < len(self.id) <= MAX_PROGRAM_CHARS:
+            raise BadRequest("program.id", self.id, f"a text of 1 to {MAX_PROGRAM_CHARS} characters")
+        _integer("program.call", self.call, 0, MAX_CALL)
+        _integer("program.thread", self.thread, 0, MAX_CALL)
+        if not isinstance(self.stage, str) or len(self.stage) > MAX_STAGE_CHARS:
+            raise BadRequest("program.stage", self.stage, f"a text of at most {MAX_STAGE_CHARS} characters")
+        _number("program.service_s", self.service_s, 0.0, MAX_SECONDS)
+        if self.parents is not None:
+            if not isinstance(self.parents, Sequence) or len(self.parents) > MAX_PARENTS:
+                raise BadRequest("program.parents", self.parents, f"at most {MAX_PARENTS} numbers of calls")
+            for parent in self.parents:
+                _integer("program.parents", parent, 0, MAX_CALL)
+            if self.call in self.parents:
+                raise BadRequest("program.parents", self.call, "other calls than itself, which is what `call` numbers")
+            object.__setattr__(self, "parents", tuple(self.parents))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,15 @@ def test_calls_side_by_side_are_one_step_and_a_step_that_is_passed_takes_repairs
     assert test.slo.e2e_s == pytest.approx(60), "nothing is left to come, repairs neither"
 
 
+def test_calls_that_say_nothing_of_what_they_waited_for_follow_each_other():
+    books = fleet(steps=STEPS, lengths=LENGTHS)
+    books.send(call(1, "link", None, slo_s=100.0), 0.0)
+    write, _ = books.send(call(2, "write", None), 0.0)
+    assert write.slo.e2e_s == pytest.approx(100 * 40 / (40 + 5 + 5 + 5))
+    test, _ = books.send(call(3, "test", None, now=40.0), 40.0)
+    assert test.slo.e2e_s == pytest.approx(60)
+
+
 def test_one_repair_more_than_the_template_has_leaves_the_rest_as_it_was():
     books = fleet(steps=STEPS, lengths=LENGTHS)
     books.send(call(1, "write", slo_s=100.0), 0.0)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from millstream.core.errors import BadRequest, RequestFault
-from millstream.core.request import Hints, Kind, Limits, Request, SamplingParams, Tokens, Vectors
+from millstream.core.request import Hints, Kind, Limits, Program, Request, SamplingParams, Tokens, Vectors
 
 WRONG = {
     "n": [0, 129, 1.5, True, "2"],
@@ -133,3 +133,37 @@ def test_the_true_length_is_known_only_where_an_oracle_told_it():
 
 def test_a_bad_value_is_shown_shortened():
     assert len(str(BadRequest("stop", "x" * 10_000, "less"))) < 200
+
+
+@pytest.mark.parametrize(
+    ("param", "got"),
+    [
+        ("id", ""),
+        ("id", "p" * 513),
+        ("id", 3),
+        ("call", -1),
+        ("call", 1.0),
+        ("call", 2**63),
+        ("thread", True),
+        ("stage", None),
+        ("stage", "s" * 129),
+        ("parents", 3),
+        ("parents", (-1,)),
+        ("parents", (0.5,)),
+        ("parents", (7,)),
+        ("parents", range(1025)),
+        ("service_s", -1),
+        ("service_s", math.nan),
+        ("service_s", math.inf),
+    ],
+)
+def test_a_place_in_a_program_is_checked_when_it_is_made(param, got):
+    with pytest.raises(BadRequest) as caught:
+        Program(**{"id": "p", "call": 7, param: got})
+    assert caught.value.param == f"program.{param}"
+
+
+def test_parents_are_numbers_none_or_not_known():
+    assert Program("p", 7, parents=[0, 3]).parents == (0, 3)
+    assert Program("p", parents=()).parents == () and Program("p").parents is None
+    assert hash(Program("p", 7, parents=[0])) == hash(Program("p", 7, parents=(0,)))

@@ -23,7 +23,7 @@ from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest, EngineAway, EngineClosed, MillstreamError
 from millstream.core.events import Admitted, Computed, Emitted, Finished, Prefilled, Stepped, Submitted
 from millstream.core.registry import Choice
-from millstream.core.request import Program, Request, SamplingParams, Slo, Tokens
+from millstream.core.request import Hints, Request, SamplingParams, Slo, Tokens
 from millstream.core.sequence import Finish
 from millstream.engine import wire
 from millstream.engine.exits import Exit
@@ -235,7 +235,7 @@ def test_bad_requests_are_refused_here_and_by_the_engine(engine):
     run(main)
 
 
-@pytest.mark.parametrize("what", [{"tenant": "half a \ud800 pair"}, {"program": Program("p", 2**70)}])
+@pytest.mark.parametrize("what", [{"tenant": "half a \ud800 pair"}, {"hints": Hints(2**70)}])
 def test_what_cannot_be_said_over_a_socket_is_a_bad_request(engine, what):
     process = engine()
 
