@@ -210,6 +210,7 @@ class LLM(_Front):
     ) -> list[RequestOutput]:
         """Outputs in the order of the prompts, which run together. One prompt or many; one SamplingParams or one each.
 
+        `given` are fields of all of the requests, such as `priority`, `slo` or `program`.
         `progress` is called with each request as it finishes. Raises BadRequest, naming the prompt, before anything
         runs. A request that fails in the engine has finish_reason "error" and says why in `error`.
         """

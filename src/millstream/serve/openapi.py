@@ -9,6 +9,7 @@ import msgspec
 
 import millstream
 from millstream.serve.files import PURPOSES
+from millstream.serve.openai.shapes import MAX_PROGRAM, PROGRAM_HEADER
 from millstream.serve.policy import Access, Body, Entry, anthropic_errors
 
 _PLACE = "#/components/schemas/{name}"
@@ -60,6 +61,13 @@ _QUERY: dict[str, dict[str, Any]] = {
     "since": {"type": "integer", "minimum": 0},
     "starting_after": {"type": "integer", "minimum": 0},
     "stream": {"type": "boolean"},
+}
+_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    PROGRAM_HEADER: (
+        "The id of the program that the request is a call of: the same as the body's `program`",
+        {"type": "string", "minLength": 1, "maxLength": MAX_PROGRAM},
+    ),
+    "X-Request-Timeout": ("Seconds: the same as the body's `deadline_s`, which comes first", {"type": "number"}),
 }
 # What any route may say, and what it means here.
 _REFUSALS = {
@@ -133,6 +141,10 @@ def _operation(entry: Entry, asks: Any, answers: Any, has_keys: bool) -> dict[st
         for name in (part.partition("}")[0] for part in entry.pattern.split("{")[1:])
     ]
     parameters += [{"name": name, "in": "query", "schema": _QUERY[name]} for name in policy.query]
+    parameters += [
+        {"name": name, "in": "header", "description": text, "schema": schema}
+        for name, (text, schema) in ((name, _HEADERS[name]) for name in policy.headers)
+    ]
     if parameters:
         operation["parameters"] = parameters
     if asks is not None:

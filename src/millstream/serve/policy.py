@@ -22,7 +22,14 @@ from millstream.serve.batches import BatchObject
 from millstream.serve.caller import LOOK, Caller
 from millstream.serve.errors import Refused, Told
 from millstream.serve.files import FileObject
-from millstream.serve.openai.shapes import ChatAsk, CompletionAsk, DetokenizeAsk, TokenizeAsk, TokensAsk
+from millstream.serve.openai.shapes import (
+    PROGRAM_HEADER,
+    ChatAsk,
+    CompletionAsk,
+    DetokenizeAsk,
+    TokenizeAsk,
+    TokensAsk,
+)
 from millstream.serve.responses import shapes as responses
 from millstream.serve.vector_routes import EmbeddingAsk, RerankAsk, ScoreAsk
 
@@ -63,7 +70,8 @@ def anthropic_errors(told: Told, request_id: str) -> dict[str, Any]:
 class Policy:
     """`asks` and `answers` are types of JSON bodies (Any: an object that the route's own documentation tells of);
     `media` is what an answer is otherwise. `streams`: it may answer with server-sent events. `batch`: lines of batches
-    may ask for it. `query` names its parameters, `others` tells of more statuses whose bodies are answers too."""
+    may ask for it. `query` names its parameters and `headers` those headers of a request that say what is to be done;
+    `others` tells of more statuses whose bodies are answers too."""
 
     summary: str
     access: Access = Access.KEY
@@ -75,11 +83,16 @@ class Policy:
     batch: bool = False
     errors: ErrorShape = openai_errors
     query: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ()
     others: Mapping[str, str] = field(default_factory=dict)
 
 
 def _ask(summary: str, asks: Any, **given: Any) -> Policy:
     return Policy(summary, body=Body.JSON, asks=asks, **given)
+
+
+def _generate(summary: str, asks: Any, **given: Any) -> Policy:
+    return _ask(summary, asks, streams=True, headers=("X-Request-Timeout", PROGRAM_HEADER), **given)
 
 
 def _open(summary: str, **given: Any) -> Policy:
@@ -157,12 +170,12 @@ POLICIES: Mapping[tuple[str, str], Policy] = {
     ("GET", "/v1/models"): Policy("The served models, by all of their names", answers=ModelList),
     ("GET", "/v1/models/{model:path}"): Policy("One name of a served model", answers=ModelCard),
     # what generates
-    ("POST", "/v1/chat/completions"): _ask("Answer a chat", ChatAsk, streams=True, batch=True),
+    ("POST", "/v1/chat/completions"): _generate("Answer a chat", ChatAsk, batch=True),
     ("POST", "/v1/chat/completions/render"): _ask("The prompt that a chat comes to", ChatAsk),
-    ("POST", "/v1/completions"): _ask("Continue a text", CompletionAsk, streams=True, batch=True),
+    ("POST", "/v1/completions"): _generate("Continue a text", CompletionAsk, batch=True),
     ("POST", "/v1/completions/render"): _ask("The prompts that a completion comes to", CompletionAsk),
-    ("POST", "/generate"): _ask("Token ids in, token ids out", TokensAsk, streams=True),
-    ("POST", "/inference/v1/generate"): _ask("Token ids in, token ids out", TokensAsk, streams=True),
+    ("POST", "/generate"): _generate("Token ids in, token ids out", TokensAsk),
+    ("POST", "/inference/v1/generate"): _generate("Token ids in, token ids out", TokensAsk),
     ("POST", "/tokenize"): _ask("The tokens of a text or a chat", TokenizeAsk),
     ("POST", "/detokenize"): _ask("The text of tokens", DetokenizeAsk),
     ("POST", "/v1/embeddings"): _ask("Vectors of texts", EmbeddingAsk, batch=True),
@@ -171,13 +184,13 @@ POLICIES: Mapping[tuple[str, str], Policy] = {
     ("POST", "/rerank"): _ask("The same as /v1/rerank", RerankAsk),
     ("POST", "/v1/score"): _ask("Scores of pairs of texts", ScoreAsk, batch=True),
     ("POST", "/score"): _ask("The same as /v1/score", ScoreAsk),
-    ("POST", "/v1/messages"): _ask(
-        "Answer a chat, as Anthropic's API does", anthropic.Ask, streams=True, errors=anthropic_errors
+    ("POST", "/v1/messages"): _generate(
+        "Answer a chat, as Anthropic's API does", anthropic.Ask, errors=anthropic_errors
     ),
     ("POST", "/v1/messages/count_tokens"): _ask(
         "The tokens of a chat, as Anthropic's API counts them", anthropic.Counted, errors=anthropic_errors
     ),
-    ("POST", "/v1/responses"): _ask("Create a response", responses.Ask, streams=True, batch=True),
+    ("POST", "/v1/responses"): _generate("Create a response", responses.Ask, batch=True),
     ("GET", "/v1/responses/{response_id}"): Policy(
         "A response that is kept", streams=True, query=("stream", "starting_after")
     ),

@@ -20,14 +20,14 @@ from starlette.responses import Response
 
 from millstream.core.client import Chunk, EngineClient, ModelFacts
 from millstream.core.errors import BadRequest, ConfigError, EngineAway, RequestFault, UnknownModel
-from millstream.core.request import MAX_N, Kind, SamplingParams, Slo, Tokens
+from millstream.core.request import MAX_N, Kind, Program, SamplingParams, Slo, Tokens
 from millstream.core.request import Request as Ask
 from millstream.core.sequence import Finish
 from millstream.engine.remote import load_tokenizer
 from millstream.serve.caller import ALL_RIGHTS, LOOK, Caller, DeadlinePassed, Gate, Rights, Seat, caller_of
 from millstream.serve.errors import CLIENT_GONE, ClientGone, Refused, telling
 from millstream.serve.observatory import Call, Observatory
-from millstream.serve.openai.shapes import DEFAULTS, Sampling, salt_of, slo_of
+from millstream.serve.openai.shapes import DEFAULTS, PROGRAM_HEADER, Sampling, program_of, salt_of, slo_of
 from millstream.serve.tools import Parsers
 from millstream.text.grammar.compiler import GrammarCompiler
 from millstream.text.tokenizer import Tokenizer
@@ -125,6 +125,7 @@ class Job:
     slo: Slo = Slo()
     priority: int = 0
     salt: str = ""
+    program: Program | None = None
     seats: list[Seat] = field(default_factory=list)
 
     @property
@@ -284,11 +285,12 @@ class Service:
         config, caller, params = self.config, caller_of(request), parts[0].params
         header = request.headers.get("x-request-timeout")
         slo = slo_of(ask, header, config.deadline_s or None, config.max_deadline_s or None)
+        program = program_of(ask, request.headers.get(PROGRAM_HEADER), caller.tenant)
         call: Call = request.state.call
         call.model, call.stream, call.slo, call.max_tokens = served.name, bool(ask.stream), slo, most
         call.n = params.n * len(parts)
         call.sampling = {name: value for name in TRACED if (value := getattr(params, name)) is not None}
-        return Job(caller, call, parts, slo, ask.priority or 0, salt_of(ask, caller.salt))
+        return Job(caller, call, parts, slo, ask.priority or 0, salt_of(ask, caller.salt), program)
 
     def admit(self, job: Job) -> None:
         """Takes a place for all of a job. Raises BadRequest for what no engine could take, and Overloaded."""
@@ -382,6 +384,7 @@ class Service:
             part.params,
             kind=part.kind,
             tenant=job.caller.tenant,
+            program=job.program,
             slo=job.slo,
             priority=job.priority,
             background=job.caller.background,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from millstream.core.errors import BadRequest
+from millstream.serve.openai.shapes import ProgramAsk
 
 # Fields that Anthropic's API does not have and chats here do: passed on as they are.
 EXTENSIONS = (
@@ -28,6 +29,7 @@ EXTENSIONS = (
     "chat_template_kwargs",
     "priority",
     "cache_salt",
+    "program",
     "deadline_s",
     "structured_outputs",
 )
@@ -112,6 +114,7 @@ class Ask(Counted, kw_only=True):
     stop_token_ids: Any = None
     priority: Any = None
     cache_salt: Any = None
+    program: str | ProgramAsk | None = None
     deadline_s: Any = None
     structured_outputs: Any = None
 

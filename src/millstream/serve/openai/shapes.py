@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from millstream.core.errors import BadRequest
-from millstream.core.request import MAX_N, SamplingParams, Slo, Structured
+from millstream.core.errors import BadRequest, Told
+from millstream.core.request import MAX_N, MAX_STAGE_CHARS, Program, SamplingParams, Slo, Structured
 
 # What OpenAI's clients send and what means nothing here: taken, and no word lost about it.
 IGNORED = frozenset(
@@ -22,6 +22,8 @@ IGNORED = frozenset(
 )  # fmt: skip
 MAX_TOP_LOGPROBS = 20
 MAX_SALT = 256
+MAX_PROGRAM = 256
+PROGRAM_HEADER = "X-Millstream-Program"
 # Of a model's own generation_config, what is a default of requests.
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -37,6 +39,21 @@ class Wishes(msgspec.Struct, frozen=True):
     ttft_s: float | None = None
     tpot_s: float | None = None
     deadline_s: float | None = None
+
+
+class ProgramAsk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The place of a call in a program, which is a workflow of many calls: an agent's, a chat's, a search's.
+
+    `id` is any name that the client gives the program. Numbers of calls are the client's own: `parents` are the `call`
+    of those whose ends it waited for. `service_s`: seconds of model time that the program has had elsewhere.
+    """
+
+    id: str
+    call: int | None = None
+    thread: int | None = None
+    stage: str | None = None
+    parents: list[int] | None = None
+    service_s: float | None = None
 
 
 class Timed(msgspec.Struct, kw_only=True):
@@ -80,6 +97,7 @@ class Sampling(Timed, kw_only=True):
     guided_decoding_backend: str | None = None
     guided_whitespace_pattern: str | None = None
     cache_salt: str | None = None
+    program: str | ProgramAsk | None = None
     return_token_ids: bool | None = None
 
 
@@ -230,6 +248,50 @@ def salt_of(ask: Sampling, salt: str) -> str:
         raise BadRequest("cache_salt", f"{len(ask.cache_salt)} characters", f"1 to {MAX_SALT} characters")
     # Another tenant's salt cannot be spelled: each has its own before it.
     return f"{salt}\x00{ask.cache_salt}"
+
+
+def told_program(given: str | ProgramAsk | None, header: str | None) -> ProgramAsk | None:
+    """What a request says of its program: in its body, an id or more, and in the header X-Millstream-Program, an id.
+
+    Raises BadRequest, for two ids that differ too.
+    """
+    param = "program" if isinstance(given, str) else "program.id"
+    told = ProgramAsk(given) if isinstance(given, str) else given
+    if told is not None:
+        _check_words(param, told.id, MAX_PROGRAM)
+    if header is None:
+        return told
+    # What of it is not ASCII, client and server may read differently.
+    if not header.isascii():
+        raise BadRequest(PROGRAM_HEADER, header, "printable ASCII characters")
+    _check_words(PROGRAM_HEADER, header, MAX_PROGRAM)
+    if told is None:
+        return ProgramAsk(header)
+    if told.id != header:
+        raise BadRequest(PROGRAM_HEADER, header, f"the id that the body has as {param}, or only one of the two")
+    return told
+
+
+def program_of(ask: Sampling, header: str | None, tenant: str) -> Program | None:
+    """The place of a request in a program of its tenant's. Raises BadRequest."""
+    told = told_program(ask.program, header)
+    if told is None:
+        return None
+    given = {name: value for name in _PLACE if (value := getattr(told, name)) is not None}
+    if told.stage:
+        _check_words("program.stage", told.stage, MAX_STAGE_CHARS)
+    # Another tenant's program cannot be spelled: no id has a control character.
+    return Program(f"{tenant}\x00{told.id}" if tenant else told.id, **given)
+
+
+_PLACE = ("call", "thread", "stage", "parents", "service_s")
+
+
+def _check_words(param: str, text: str, most: int) -> None:
+    if not 0 < len(text) <= most:
+        raise BadRequest(param, Told(f"{len(text)} characters"), f"1 to {most} characters")
+    if not text.isprintable():
+        raise BadRequest(param, text, "printable characters")
 
 
 def structured_fields(ask: Sampling) -> dict[str, Any]:

@@ -18,7 +18,7 @@ Event = dict[str, Any]
 
 
 def new_response(ask: Ask, created_at: float) -> dict[str, Any]:
-    """A response at its beginning."""
+    """A response at its beginning. Of its `program` it tells the id."""
     tools = [{"strict": None, "parameters": None, "description": None, **tool} for tool in ask.tools or ()]
     return {
         "id": new_id("resp_"),
@@ -36,6 +36,7 @@ def new_response(ask: Ask, created_at: float) -> dict[str, Any]:
         "output": [],
         "parallel_tool_calls": ask.parallel_tool_calls is not False,
         "previous_response_id": ask.previous_response_id,
+        "program": None,
         "prompt_cache_key": ask.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None, **(ask.reasoning or {})},
         "safety_identifier": ask.safety_identifier,

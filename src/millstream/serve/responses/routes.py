@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from millstream.core.errors import BadRequest, MillstreamError, UnknownName
 from millstream.serve.chats import Chats, Said
+from millstream.serve.openai.shapes import PROGRAM_HEADER, ProgramAsk, told_program
 from millstream.serve.responses.events import Event, ResponseEvents, new_response
 from millstream.serve.responses.kept import Responses
 from millstream.serve.responses.live import Live, LiveResponses
@@ -33,12 +34,27 @@ class _Run:
     """One response on its way: what was asked, what it has come to, and where it is kept."""
 
     def __init__(
-        self, chats: Chats, kept: Responses, request: Request, owner: str, ask: Ask, items: list[Item], now: float
+        self,
+        chats: Chats,
+        kept: Responses,
+        request: Request,
+        owner: str,
+        ask: Ask,
+        items: list[Item],
+        program_before: str | None,
+        now: float,
     ) -> None:
         self._kept, self._owner, self._items = kept, owner, items
         self._stored = ask.store is not False
-        self.events = ResponseEvents(new_response(ask, now))
-        self.answer = chats.answer(request, to_chat(ask, items), _OPERATION)
+        response, chat = new_response(ask, now), to_chat(ask, items)
+        program = told_program(ask.program, request.headers.get(PROGRAM_HEADER))
+        if program is None and (program_before is not None or self._stored):
+            # Responses that go on from each other are a program, whose name is the first one's id.
+            program = ProgramAsk(program_before or response["id"])
+        if program is not None:
+            response["program"], chat["program"] = program.id, program
+        self.events = ResponseEvents(response)
+        self.answer = chats.answer(request, chat, _OPERATION)
 
     @property
     def response(self) -> dict[str, Any]:
@@ -108,8 +124,8 @@ def routes(
         ask = _decode(await request.body())
         ask.check()
         who = owner(request)
-        items = [*await _before(who, ask.previous_response_id), *own_items(ask)]
-        run = _Run(chats, kept, request, who, ask, items, clock())
+        before, program = await _before(who, ask.previous_response_id)
+        run = _Run(chats, kept, request, who, ask, [*before, *own_items(ask)], program, clock())
         if ask.background:
             return await _in_background(who, run, bool(ask.stream))
         # What is wrong with a request is told by the status, so the first step comes before the first byte.
@@ -123,17 +139,17 @@ def routes(
             await _closed(run.answer)
         return _json(run.response)
 
-    async def _before(who: str, previous: str | None) -> list[Item]:
-        """The conversation that led to an earlier response, and that response."""
+    async def _before(who: str, previous: str | None) -> tuple[list[Item], str | None]:
+        """The conversation that led to an earlier response, with that response, and the program that it was of."""
         if previous is None:
-            return []
+            return [], None
         found = await kept.get(who, previous)
         if found is None:
             raise UnknownName("response", previous[:80], ())
         response, items = found
         if response["status"] in ("queued", "in_progress"):
             raise BadRequest("previous_response_id", f"a response that is {response['status']}", "one that has ended")
-        return [*items, *response["output"]]
+        return [*items, *response["output"]], response.get("program") or previous
 
     async def _foreground(run: _Run, first: Said) -> AsyncIterator[Event]:
         try:

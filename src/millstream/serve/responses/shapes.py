@@ -13,6 +13,7 @@ import msgspec
 
 from millstream.core.errors import BadRequest
 from millstream.serve.files import new_id
+from millstream.serve.openai.shapes import ProgramAsk
 
 Item = dict[str, Any]
 
@@ -36,6 +37,7 @@ EXTENSIONS = (
     "chat_template_kwargs",
     "priority",
     "cache_salt",
+    "program",
     "deadline_s",
     "structured_outputs",
 )
@@ -90,6 +92,7 @@ class Ask(msgspec.Struct, kw_only=True):
     chat_template_kwargs: Any = None
     priority: Any = None
     cache_salt: Any = None
+    program: str | ProgramAsk | None = None
     deadline_s: Any = None
     structured_outputs: Any = None
 
