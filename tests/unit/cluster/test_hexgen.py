@@ -320,6 +320,20 @@ def test_nothing_that_plugs_in_speaks_of_the_oracle():
         assert "oracle" not in (root / path).read_text()
 
 
+def test_names_of_steps_that_clients_make_up_take_no_room(monkeypatch):
+    monkeypatch.setattr("millstream.cluster.routers.hexgen.MOST_STEPS", 4)
+    books = fleet(lengths={"write": (40, 0)})
+    for number in range(40):
+        books.send(call(number, f"made up {number}", program=f"p{number}"), float(number))
+        books.ended(number, Done(3), number + 0.5)
+    books.send(call(50, "write", program="q"), 50.0)
+    books.ended(50, Done(0), 51.0)
+    router = books.router
+    tables = (router._seen, router._took, router._priced, router._followed, *router._outstanding.values())
+    named = {key if isinstance(key, str) else key[0] for table in tables for key in table}
+    assert named <= {"", "write", "made up 0", "made up 1"} and "write" in named
+
+
 # -- beyond the paper
 
 

@@ -47,6 +47,8 @@ TABLE = ("step", "call")
 LATE_S = 1e-6
 # Steps of one workflow that are learned from; a session may have thousands of calls.
 MOST_WAVES = 256
+# Names of steps are the clients' to choose.
+MOST_STEPS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class _Workflow:
 class Hexgen(Router):
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._steps = {"", *config.steps, *config.lengths}
         self._seen: dict[str, _Mean] = {}  # step -> prompt and output tokens of calls that ended
         self._took: dict[tuple[str, int], _Mean] = {}  # step, place -> seconds of service
         # step -> place, prompt -> t and the time of the engine that it takes, until something of the step ends
@@ -157,6 +160,15 @@ class Hexgen(Router):
         """t(step, engine), above 0; of a call of its own where the table is one of calls."""
         return self._times(step, self._prompt(request), member, request)[0]
 
+    def _step(self, request: Request) -> str:
+        """The name of its step; of names that come when there are MOST_STEPS already nothing is learned apart."""
+        name = "" if request.program is None else request.program.stage
+        if name not in self._steps:
+            if len(self._steps) >= MOST_STEPS:
+                return ""
+            self._steps.add(name)
+        return name
+
     def _prompt(self, request: Request | None) -> int:
         """What of a prompt the table goes by: its length, or 0 where a step stands for all its calls."""
         return request.num_prompt if request is not None and self.config.table == "call" else 0
@@ -183,7 +195,7 @@ class Hexgen(Router):
 
     def prepare(self, request: Request, members: Sequence[Member], now: float) -> Request:
         self._settle(now)
-        step = _step(request)
+        step = self._step(request)
         place = self._choose(request, members)
         self._chosen = (request.id, place)
         member = next(one for one in members if one.place == place)
@@ -214,7 +226,7 @@ class Hexgen(Router):
             return workflow  # it is sent again
         parents = None if request.program is None else request.program.parents
         if not workflow.waves or parents is None or parents != workflow.parents:
-            step = _step(request)
+            step = self._step(request)
             workflow.parents, workflow.last = parents, set()
             if len(workflow.waves) < MOST_WAVES:
                 workflow.waves.append(step)
@@ -262,7 +274,7 @@ class Hexgen(Router):
             place = later[0] if later else members[0].place
             self._next = place + 1
             return place
-        step, alpha, base = _step(request), self.config.alpha, members[0]
+        step, alpha, base = self._step(request), self.config.alpha, members[0]
         base_s = self.seconds(step, base, request)
         base_work = self.work_s(base) or base_s
         best, score = base, -math.inf
@@ -281,13 +293,13 @@ class Hexgen(Router):
         return sum(count * self._times(step, prompt, member)[which] for (step, prompt), count in calls.items())
 
     def sent(self, request: Request, place: int, now: float) -> None:
-        self._outstanding.setdefault(place, Counter())[_step(request), self._prompt(request)] += 1
+        self._outstanding.setdefault(place, Counter())[self._step(request), self._prompt(request)] += 1
         self._sent_s[place] = self._sent_s.get(place, 0.0) + (request.hints.expected_s or 0.0)
         if (workflow := self._workflows.get(_key(request))) is not None:
             workflow.inside += 1
 
     def ended(self, request: Request, place: int, done: Done, now: float) -> None:
-        step, key = _step(request), _key(request)
+        step, key = self._step(request), _key(request)
         calls = self._outstanding.get(place, Counter())
         kind = (step, self._prompt(request))
         calls[kind] -= 1
@@ -334,10 +346,6 @@ OUTPUT_TOKENS = 16.0
 def _position(waves: Sequence[str], place: int) -> tuple[str, int]:
     """A step and how often it has been there before: the same step comes again at other places of a workflow."""
     return waves[place], list(waves[:place]).count(waves[place])
-
-
-def _step(request: Request) -> str:
-    return "" if request.program is None else request.program.stage
 
 
 def _key(request: Request) -> tuple[str, str]:
