@@ -52,10 +52,10 @@ def test_pages_give_back_what_was_written_wherever_it_was_moved(name):
     first, second = torch.arange(16), torch.arange(64, 80)
     for layer in range(2):
         pages.write(layer, torch.cat([first, second]), k + layer, v - layer)
-    pages.move(0, 2, Tier.DEVICE, Tier.HOST)
+    pages.move([0], [2], Tier.DEVICE, Tier.HOST)
     pages.write(0, first, v[:16], k[:16])
-    pages.move(2, 1, Tier.HOST, Tier.DEVICE)
-    pages.move(4, 3)
+    pages.move([2], [1], Tier.HOST, Tier.DEVICE)
+    pages.move([4], [3])
     for layer in range(2):
         read_k, read_v = pages.read(layer, torch.cat([torch.arange(16, 32), torch.arange(48, 64)]))
         kv_close(name, read_k, k + layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,39 @@ class Move:
     target: int
     source_tier: Tier = Tier.DEVICE
     target_tier: Tier = Tier.DEVICE
+
+
+@dataclass(slots=True)
+class Bulk:
+    """Moves of one group between the same tiers, of which none needs another to be done first."""
+
+    group: str
+    source_tier: Tier
+    target_tier: Tier
+    sources: list[int]
+    targets: list[int]
+
+
+def in_bulk(moves: Iterable[Move]) -> list[Bulk]:
+    """The moves together, as many at once as give what they give one after the other."""
+    found: list[Bulk] = []
+    last: dict[str, tuple[Bulk, set[tuple[Tier, int]]]] = {}
+    for move in moves:
+        source, target = (move.source_tier, move.source), (move.target_tier, move.target)
+        bulk, written = last.get(move.group, (None, set()))
+        if (
+            bulk is None
+            or (bulk.source_tier, bulk.target_tier) != (move.source_tier, move.target_tier)
+            or source in written
+            or target in written
+        ):
+            bulk, written = Bulk(move.group, move.source_tier, move.target_tier, [], []), set()
+            last[move.group] = bulk, written
+            found.append(bulk)
+        bulk.sources.append(move.source)
+        bulk.targets.append(move.target)
+        written.add(target)
+    return found
 
 
 @record

@@ -44,6 +44,9 @@ POLICIES = {
 }
 ROUTERS = {"route-turns": "round-robin", "route-least": "least-work", "route-autellix": "autellix"}
 LIVE = ("fcfs", "mlfq", "plas")
+# What is swapped: a context of so many tokens, in blocks wherever they are.
+SWAPPED, SWAPS, QUICK_SWAPS = 2048, 40, 10
+SWAP = {"swap-each": "KV to the host and back, block by block", "swap-bulk": "KV to the host and back, all at once"}
 # Small, so that levels mean something in seconds of a two-core machine.
 LIVE_OPTIONS = {"mlfq": Choice("mlfq", {"quantum": 16.0}), "plas": Choice("autellix", {"count": "plas"})}
 
@@ -59,6 +62,7 @@ class Autellix(Experiment):
             for name, router in ROUTERS.items()
         ),
         *(Arm(f"live-{name}", f"live: {LIVE_OPTIONS.get(name, name)}") for name in LIVE),
+        *(Arm(name, told) for name, told in SWAP.items()),
     )
     metrics = (
         Metric("token_mean_s", "s", "lower", "heavy tail: mean over programs of time inside over output tokens"),
@@ -67,6 +71,7 @@ class Autellix(Experiment):
         Metric("fan_mean_s", "s", "lower", "searches and chains: mean response of searches, which fan out"),
         Metric("all_mean_s", "s", "lower", "searches and chains: mean response of all programs"),
         Metric("all_p99_s", "s", "lower", "searches and chains: 99th percentile of responses"),
+        Metric("swap_gb_s", "GB/s", "higher", f"KV of {SWAPPED} tokens swapped, median of {SWAPS} times"),
     )
     claim = Claim(
         "4 to 15 times the throughput of programs at equal latency against a call-by-call engine, and 1.5 to 5.5 times "
@@ -145,6 +150,7 @@ class Autellix(Experiment):
         "millstream.sim.programs",
         "millstream.bench.stage",
         "millstream.cluster.fleet",
+        "millstream.formats.kv._blocks",
     )
 
     def open(self, ctx: Context) -> None:
@@ -241,6 +247,8 @@ class Autellix(Experiment):
         where, _, name = arm.name.partition("-")
         if where == "live":
             return self._live(ctx, name)
+        if where == "swap":
+            return self._swap(ctx, name == "bulk")
         count, policy = ctx.size(PROGRAMS, QUICK_PROGRAMS), POLICIES[name]
         heavy, fans = self._heavy(ctx, count, RATE), self._fans(ctx, count, RATE)
         knows = name == "srpt"
@@ -269,6 +277,29 @@ class Autellix(Experiment):
             f"{len(calls)} calls",
         )
         return _heavy_of(played.served)
+
+    def _swap(self, ctx: Context, bulk: bool) -> Mapping[str, float]:
+        """One request's KV to the host and back: places drawn by chance, as they are after some hours of traffic."""
+        import time
+
+        from millstream.core import registry
+        from millstream.core.plan import Tier
+
+        (group, *_), size = self.stage.model.spec.groups, self.stage.model.resolved.block_size
+        count = SWAPPED // size
+        pages = registry.make("kv", "plain", device=True).allocate(group, 4 * count, size, "float32", 4 * count)
+        draw, seconds = random.Random(f"swap {ctx.seed} {ctx.repeat}"), []
+        for _ in range(ctx.size(SWAPS, QUICK_SWAPS)):
+            here, there = draw.sample(range(4 * count), count), draw.sample(range(4 * count), count)
+            runs = [(here, there)] if bulk else [([one], [other]) for one, other in zip(here, there, strict=True)]
+            started = time.perf_counter()
+            for sources, targets in runs:
+                pages.move(sources, targets, Tier.DEVICE, Tier.HOST)
+            for sources, targets in runs:
+                pages.move(targets, sources, Tier.HOST, Tier.DEVICE)
+            seconds.append(time.perf_counter() - started)
+        moved = 2 * count * registry.make("kv", "plain").page_bytes(group, size, "float32")
+        return {"swap_gb_s": moved / statistics.median(seconds) / 1e9}
 
 
 def _heavy_of(served: Sequence[Any]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from millstream.core.plan import (
     StepResult,
     Tier,
     TokenLogprobs,
+    in_bulk,
 )
 from millstream.decode.protocol import NOT_FINITE
 from millstream.formats.kv.protocol import KvPages
@@ -118,8 +119,8 @@ class TorchRunner:
         for seq in plan.forgotten:
             self._last.pop(seq, None)
             self._layouts.forget(seq)
-        for move in plan.moves:
-            self.pages[move.group].move(move.source, move.target, move.source_tier, move.target_tier)
+        for bulk in in_bulk(plan.moves):
+            self.pages[bulk.group].move(bulk.sources, bulk.targets, bulk.source_tier, bulk.target_tier)
         self.counters.moves += len(plan.moves)
         settled = self._settle(plan.extends) if plan.extends else []
         seconds = time.perf_counter() - start

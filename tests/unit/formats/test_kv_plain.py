@@ -63,7 +63,7 @@ def test_a_block_moves_whole_through_tiers(path):
     for layer in range(3):
         pages.write(layer, torch.arange(16), *tokens(16, layer))
     for (source, source_tier), (target, target_tier) in itertools.pairwise(path):
-        pages.move(source, target, source_tier, target_tier)
+        pages.move([source], [target], source_tier, target_tier)
     end = path[-1][0]
     for layer in range(3):
         k, v = pages.read(layer, torch.arange(end * 16, end * 16 + 16))
@@ -74,7 +74,7 @@ def test_every_copied_byte_is_counted_by_its_cause():
     pages = allocate()
     pages.write(0, torch.arange(7), *tokens(7))
     assert dataclasses.astuple(pages.copied) == (7 * TOKEN_BYTES * 4, 0, 0)
-    pages.move(0, 1)
+    pages.move([0], [1])
     block_bytes = registry.make("kv", "plain").page_bytes(GROUP, 16)
     assert dataclasses.astuple(pages.copied) == (7 * TOKEN_BYTES * 4, block_bytes, 0)
 
@@ -90,9 +90,9 @@ def test_page_bytes_are_the_bytes_that_pages_take(dtype, element):
 @pytest.mark.parametrize("move", [(5, 0), (-1, 0), (0, 5)])
 def test_moving_a_block_that_does_not_exist_is_an_error(move):
     with pytest.raises(IndexError, match="device tier has 5"):
-        allocate().move(*move)
+        allocate().move([0, move[0]], [1, move[1]])
     with pytest.raises(IndexError, match="host tier has 2"):
-        allocate().move(0, 2, Tier.DEVICE, Tier.HOST)
+        allocate().move([0], [2], Tier.DEVICE, Tier.HOST)
 
 
 def test_a_slot_out_of_range_is_an_error():

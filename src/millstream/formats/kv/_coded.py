@@ -6,7 +6,7 @@ Shapes: L layers of the group, N blocks, K kv heads, D head dimension, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from millstream.core.cache import CacheGroup
 from millstream.core.errors import ConfigError
 from millstream.core.plan import Tier
+from millstream.formats.kv import _blocks
 from millstream.formats.kv._zeros import zeros
 from millstream.ops.attention.protocol import CopyCounts
 
@@ -68,15 +69,17 @@ class CodedPages(ABC):
         at = self._layers[layer].data_ptr()
         return at, at
 
-    def move(self, source: int, target: int, source_tier: Tier = Tier.DEVICE, target_tier: Tier = Tier.DEVICE) -> None:
-        """Copies one block across all layers, within a tier or between them."""
-        for block, tier in ((source, source_tier), (target, target_tier)):
-            held = self.num_blocks if tier is Tier.DEVICE else self.num_host_blocks
-            if not 0 <= block < held:
-                raise IndexError(f"block {block} of group {self.group.name!r}: the {tier.value} tier has {held}")
-        origin = self._pools[source_tier][:, source]
-        self._pools[target_tier][:, target].copy_(origin)
-        self.copied.move_bytes += origin.nbytes
+    def move(
+        self,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        source_tier: Tier = Tier.DEVICE,
+        target_tier: Tier = Tier.DEVICE,
+    ) -> None:
+        """Copies blocks across all layers, within a tier or between them."""
+        _blocks.check(self, sources, source_tier)
+        _blocks.check(self, targets, target_tier)
+        self.copied.move_bytes += _blocks.copy(self._pools[source_tier], self._pools[target_tier], sources, targets)
 
 
 def check_sizes(name: str, group: CacheGroup, num_blocks: int, block_size: int, num_host_blocks: int) -> None:

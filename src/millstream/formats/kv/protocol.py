@@ -5,6 +5,7 @@ Above the runner KV is only (group, block id, offset); what a block holds is kno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from millstream.core.cache import CacheGroup
@@ -34,8 +35,13 @@ class KvPages(Pages, Protocol):
     num_blocks: int
     num_host_blocks: int
 
-    def move(self, source: int, target: int, source_tier: Tier = ..., target_tier: Tier = ...) -> None:
-        """Copies one block across all layers. Complete on return. Raises IndexError for a block out of range."""
+    def move(
+        self, sources: Sequence[int], targets: Sequence[int], source_tier: Tier = ..., target_tier: Tier = ...
+    ) -> None:
+        """Copies blocks across all layers, `sources[i]` to `targets[i]`. Complete on return.
+
+        No source is a target of the same call, and no target comes twice. Raises IndexError for a block out of range.
+        """
         ...
 
 

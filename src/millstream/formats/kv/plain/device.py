@@ -7,11 +7,14 @@ blocks of a layer are neighbours in memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from millstream.core.cache import CacheGroup
 from millstream.core.errors import ConfigError
 from millstream.core.plan import Tier
+from millstream.formats.kv import _blocks
 from millstream.formats.kv._zeros import zeros as _zeros
 from millstream.formats.kv.plain import Config, element_bytes
 from millstream.ops.attention.protocol import CopyCounts
@@ -69,15 +72,18 @@ class PlainPages:
         """Where K and V of a layer begin."""
         return self._k_layers[layer].data_ptr(), self._v_layers[layer].data_ptr()
 
-    def move(self, source: int, target: int, source_tier: Tier = Tier.DEVICE, target_tier: Tier = Tier.DEVICE) -> None:
-        """Copies one block across all layers, within a tier or between them."""
-        for block, tier in ((source, source_tier), (target, target_tier)):
-            held = self.num_blocks if tier is Tier.DEVICE else self.num_host_blocks
-            if not 0 <= block < held:
-                raise IndexError(f"block {block} of group {self.group.name!r}: the {tier.value} tier has {held}")
+    def move(
+        self,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        source_tier: Tier = Tier.DEVICE,
+        target_tier: Tier = Tier.DEVICE,
+    ) -> None:
+        """Copies blocks across all layers, within a tier or between them."""
+        _blocks.check(self, sources, source_tier)
+        _blocks.check(self, targets, target_tier)
         for origin, destination in zip(self._pools[source_tier], self._pools[target_tier], strict=True):
-            destination[:, target].copy_(origin[:, source])
-            self.copied.move_bytes += origin[:, source].nbytes
+            self.copied.move_bytes += _blocks.copy(origin, destination, sources, targets)
 
 
 class Plain:
