@@ -91,7 +91,9 @@ class Stage:
         from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
         from millstream.engine.assemble import assemble
 
-        self.base = EngineConfig(model=ModelConfig(weights=weights), cache=CacheConfig(bytes=bytes), seed=0)
+        self.base = EngineConfig(
+            model=ModelConfig(weights=weights), cache=CacheConfig(bytes=bytes, host_bytes=bytes), seed=0
+        )
         self.name = model
         self.model = assemble(model, self.base, tune=True)
         self.profile: Profile | None = None
@@ -146,10 +148,14 @@ class Stage:
             lengths=setting.lengths,
         )
         config = replace(self.base, sched=sched, cache=replace(self.base.cache, prefix=setting.prefix))
-        blocks = model.resolved.blocks
+        blocks, host = model.resolved.blocks, model.resolved.host_blocks
         if setting.blocks is not None:
             blocks = dict.fromkeys(blocks, setting.blocks)
-        resolved = replace(model.resolved, blocks=blocks, meters=setting.meters(self.step_tokens), config=config)
+        if setting.preemption != "swap":
+            host = dict.fromkeys(host, 0)
+        resolved = replace(
+            model.resolved, blocks=blocks, host_blocks=host, meters=setting.meters(self.step_tokens), config=config
+        )
 
         def watch(request: Request) -> list[Observer]:
             return [_EndAfter(lengths[request.id])] if answers is None else []
