@@ -61,6 +61,26 @@ def test_more_work_never_takes_less(name, shape, more):
     assert 0 <= cost.seconds(shape) <= cost.seconds(both) + 1e-15
 
 
+def test_sharing_is_free_of_charge_only_where_that_was_seen():
+    """Where no step shared anything, rows are priced as if each read alone; else by what steps that share took."""
+    alone, shared = StepShape(decode_rows=8, decode_keys=8000), StepShape(0, 0, 0, 8, 8000, 6000, 0)
+    cost = fitted("piecewise")
+    assert cost.seconds(shared) == cost.seconds(alone)
+    samples = some(1)
+    for rows in (2, 4, 8, 16, 32, 64):
+        for keys in (300, 1000):
+            shape = StepShape(0, 0, 0, rows, rows * keys, (rows - 1) * keys // 2, rows)
+            samples.append((shape, true_s(shape) - 2e-8 * shape.shared_keys))
+    cost = registry.make("step-cost", "piecewise")
+    cost.fit(samples)
+    assert cost.seconds(alone) - cost.seconds(shared) == pytest.approx(2e-8 * 6000, rel=0.1)
+    # A profile from before keys that are shared had a price.
+    state = json.loads(json.dumps(cost.state()))
+    del state["coefficients"]["shared_keys"]
+    cost.restore(state)
+    assert cost.seconds(shared) == cost.seconds(alone) == pytest.approx(true_s(alone), rel=0.1)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_can_be_kept(name):
     cost, other = fitted(name), registry.make("step-cost", name)

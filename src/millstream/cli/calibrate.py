@@ -101,4 +101,4 @@ def _name(text: str) -> str:
 
 def _sample(one: Measured) -> list[float]:
     of = one.composition
-    return [of.prefill, of.start, of.rows, of.context, one.seconds, one.spread]
+    return [of.prefill, of.start, of.rows, of.context, of.shared, one.seconds, one.spread]

@@ -32,6 +32,8 @@ PREFILLS = (2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 STARTS = (0, 512, 1536)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (32, 256, 1024)
+# Rows that share tokens at their beginning, and have so many of their own.
+SHARED_ROWS, SHARED, OWN = (2, 4, 8, 16, 32, 64), (256, 1024), 64
 MIXED_ROWS, MIXED_PREFILLS = (1, 4, 16, 48), (16, 64, 128, 256)
 FORMS = ("linear", "piecewise")
 # An error below this, or below so many times what repeats differ by, is as good as it gets.
@@ -40,17 +42,23 @@ GOOD, NOISES = 0.05, 1.5
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """`prefill` tokens of one prompt from position `start` on, beside `rows` that each read `context` keys."""
+    """`prefill` tokens of one prompt from position `start` on, beside `rows` that each read `context` keys.
+
+    All rows share the first `shared` of their keys, in whole blocks.
+    """
 
     prefill: int = 0
     start: int = 0
     rows: int = 0
     context: int = 0
+    shared: int = 0
 
     @property
     def tokens(self) -> int:
         """Of KV that it needs a place for."""
-        return (self.start + self.prefill + 1 if self.prefill else 0) + self.rows * (self.context + 1)
+        return (self.start + self.prefill + 1 if self.prefill else 0) + (
+            self.shared + self.rows * (self.context - self.shared + 1)
+        )
 
     @property
     def held_out(self) -> bool:
@@ -91,6 +99,7 @@ def grid(room: int, max_context: int, block_size: int) -> list[Composition]:
     """All compositions that `room` tokens of KV and the context hold. Raises BadRequest when there are too few."""
     found = [Composition(prefill, start) for prefill in PREFILLS for start in STARTS]
     found += [Composition(rows=rows, context=context) for rows in ROWS for context in CONTEXTS]
+    found += [Composition(rows=rows, context=much + OWN, shared=much) for rows in SHARED_ROWS for much in SHARED]
     found += [Composition(prefill, 0, rows, 256) for rows in MIXED_ROWS for prefill in MIXED_PREFILLS]
     fits = [
         one
@@ -120,7 +129,8 @@ class Steps:
         extends = []
         if composition.prefill:
             extends.append(self._extend(composition.start, composition.prefill))
-        extends += [self._extend(composition.context - 1, 1) for _ in range(composition.rows)]
+        shared = self._take(composition.shared // self.block_size)
+        extends += [self._extend(composition.context - 1, 1, shared) for _ in range(composition.rows)]
         plan = StepPlan(-self._seq, tuple(extends), forgotten=self._gone)
         self._gone = tuple(extend.seq for extend in extends)
         started = time.perf_counter()
@@ -129,14 +139,16 @@ class Steps:
         for settled in result.settled:
             if settled.fault is not None:
                 raise RequestFault(settled.fault)
-        return shape_of(plan), took
+        return shape_of(plan, self.block_size), took
 
-    def _extend(self, start: int, count: int) -> Extend:
+    def _take(self, number: int) -> tuple[int, ...]:
+        self._at += number
+        return tuple(range(self._at - number, self._at))
+
+    def _extend(self, start: int, count: int, shared: tuple[int, ...] = ()) -> Extend:
         self._seq += 1
         stop = start + count
-        number = math.ceil((stop + 1) / self.block_size)
-        blocks = tuple(range(self._at, self._at + number))
-        self._at += number
+        blocks = shared + self._take(math.ceil((stop + 1) / self.block_size) - len(shared))
         held = blocks[: math.ceil(stop / self.block_size)]
         return Extend(
             -self._seq,

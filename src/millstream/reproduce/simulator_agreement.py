@@ -1,16 +1,16 @@
 """The simulator against the engine that it simulates: the same requests, live and in virtual time.
 
 Steps are calibrated anew in each repeat, since machines drift. Then a stretch of the Azure conversation trace, which no
-calibration has seen, is served live by SmolLM2 and simulated: under fcfs, under a policy that reorders,
-and with so few KV blocks that requests are preempted. The same requests, arrivals and lengths, and the same scheduler,
-policies and meters in both.
+calibration has seen, is served live by SmolLM2 and simulated: under fcfs, under a policy that reorders, with so few KV
+blocks that requests are preempted, and behind one long beginning that all share. The same requests, arrivals and
+lengths, and the same scheduler, policies and meters in both.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,33 @@ from millstream.reproduce.protocol import (
 
 MODEL = "smollm2-135m"
 TRACE = "azure-conv"
-RATE = 2.5
 REQUESTS, QUICK_REQUESTS = 60, 12
 MOST_PROMPT, MOST_OUTPUT = 640, 64
 FEW_BLOCKS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`blocks` are those of the KV cache, or all that the engine has. With `shared` tokens at the beginning of all
+    prompts, of which the trace's are then the rest, at most `most_prompt` long; they come at `rate` a second.
+    """
+
+    policy: str = "fcfs"
+    blocks: int | None = None
+    shared: int = 0
+    most_prompt: int = MOST_PROMPT
+    rate: float = 2.5
+
+    @property
+    def prefix(self) -> Choice:
+        return Choice("radix" if self.shared else "none")
+
+
 CASES = {
-    "fcfs": (("fcfs",), False),
-    "reordered": (("shortest-remaining",), False),
-    "preempted": (("fcfs",), True),
+    "fcfs": Case(),
+    "reordered": Case("shortest-remaining"),
+    "preempted": Case(blocks=FEW_BLOCKS),
+    "shared": Case(shared=768, most_prompt=96, rate=8.0),
 }
 P50, P99 = 0.10, 0.20
 
@@ -71,9 +90,9 @@ class SimulatorAgreement(Experiment):
         Arm(
             f"{where}-{case}",
             f"{'served live' if where == 'live' else 'simulated'}: {case}",
-            (f"policy:{policies[0]}",),
+            (f"policy:{of.policy}",),
         )
-        for case, (policies, _) in CASES.items()
+        for case, of in CASES.items()
         for where in ("live", "sim")
     )
     metrics = (
@@ -89,7 +108,7 @@ class SimulatorAgreement(Experiment):
     )
     claim = Claim(
         "A simulator that executes the production scheduler agrees with the live engine: medians within 10 %, p99 "
-        "within 20 %, whatever the policy and also when requests are preempted"
+        "within 20 %, whatever the policy, also when requests are preempted and where they share their beginnings"
     )
     required = (
         *_rows(),
@@ -97,12 +116,13 @@ class SimulatorAgreement(Experiment):
         Required("and in the simulation too", Of("sim-preempted", "preemptions"), at_least=1.0),
     )
     warmup = 0
-    seconds = 700.0
+    seconds = 800.0
     sources = (
         "millstream.sim.simulate",
         "millstream.sim.replica",
         "millstream.sim.sim_runner",
         "millstream.engine.calibrate",
+        "millstream.core.shape",
         "millstream.sched.predictors.piecewise",
         "millstream.sched.scheduler",
     )
@@ -113,9 +133,7 @@ class SimulatorAgreement(Experiment):
         from millstream.engine.assemble import assemble
         from millstream.sim import traces
 
-        self.base = EngineConfig(
-            model=ModelConfig(weights="blocks"), cache=CacheConfig(prefix=Choice("none"), bytes="1GiB"), seed=0
-        )
+        self.base = EngineConfig(model=ModelConfig(weights="blocks"), cache=CacheConfig(bytes="1GiB"), seed=0)
         self.model = assemble(MODEL, self.base, tune=True)
         rows = [
             row for row in traces.load(TRACE) if row.num_prompt <= MOST_PROMPT and 2 <= row.num_output <= MOST_OUTPUT
@@ -139,29 +157,33 @@ class SimulatorAgreement(Experiment):
         self.calibrated = ctx.repeat
         self.found = calibrate.calibrate(self.model, self.compositions, 3, ctx.repeat)
 
-    def _requests(self, ctx: Context) -> list[Request]:
+    def _requests(self, ctx: Context, case: Case) -> list[Request]:
         draw = random.Random(ctx.seed + 50 + ctx.repeat)
         count = ctx.size(REQUESTS, QUICK_REQUESTS)
         start = draw.randrange(len(self.rows) - count)
         rows = self.rows[start : start + count]
         span = rows[-1].at_s - rows[0].at_s
-        out = []
+        out: list[Request] = []
+
+        def text(length: int) -> tuple[int, ...]:
+            return tuple(draw.randrange(self.model.spec.vocab_size) for _ in range(length))
+
+        begin = text(case.shared)
         for place, row in enumerate(rows):
-            ids = tuple(draw.randrange(self.model.spec.vocab_size) for _ in range(row.num_prompt))
+            ids = begin + text(min(row.num_prompt, case.most_prompt))
             params = SamplingParams(max_tokens=row.num_output, temperature=0.0, ignore_eos=True)
-            at = (row.at_s - rows[0].at_s) / span * (count - 1) / RATE
+            at = (row.at_s - rows[0].at_s) / span * (count - 1) / case.rate
             out.append(Request(1 + place, (Tokens(ids),), params, arrival=at))
         return out
 
-    def _blocks(self, few: bool) -> dict[str, int]:
-        blocks = self.model.resolved.blocks
-        return dict.fromkeys(blocks, FEW_BLOCKS) if few else dict(blocks)
+    def _blocks(self, case: Case) -> dict[str, int]:
+        return {name: case.blocks or blocks for name, blocks in self.model.resolved.blocks.items()}
 
     def check(self, ctx: Context) -> CheckResult:
         """Simulated requests end after the same numbers of tokens, and the model of step times is good enough."""
         self._calibrate(ctx)
-        requests = self._requests(ctx)
-        result = self._simulate(requests, ("fcfs",), False)
+        requests = self._requests(ctx, CASES["fcfs"])
+        result = self._simulate(requests, CASES["fcfs"])
         right = sum(
             len(one.times_s) == request.params.max_tokens for one, request in zip(result.served, requests, strict=True)
         )
@@ -181,13 +203,13 @@ class SimulatorAgreement(Experiment):
         )
 
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
-        where, _, case = arm.name.partition("-")
-        policies, few = CASES[case]
-        requests = self._requests(ctx)
+        where, _, name = arm.name.partition("-")
+        case = CASES[name]
+        requests = self._requests(ctx, case)
         if where == "live":
-            return self._live(requests, policies, few)
+            return self._live(requests, case)
         self._calibrate(ctx)
-        result = self._simulate(requests, policies, few)
+        result = self._simulate(requests, case)
         found = _metrics(
             [one.times_s for one in result.served],
             [one.arrival_s for one in result.served],
@@ -195,13 +217,17 @@ class SimulatorAgreement(Experiment):
         )
         return found | {"step_error": 100 * self.found.errors[self.found.best], "step_noise": 100 * self.found.noise}
 
-    def _live(self, requests: list[Request], policies: tuple[str, ...], few: bool) -> dict[str, float]:
+    def _live(self, requests: list[Request], case: Case) -> dict[str, float]:
         from millstream.bench.drive import drive
         from millstream.engine.assemble import build_engine
 
         model = self.model
-        config = replace(self.base, sched=replace(self.base.sched, policies=tuple(map(Choice, policies))))
-        resolved = replace(model.resolved, blocks=self._blocks(few))
+        config = replace(
+            self.base,
+            sched=replace(self.base.sched, policies=(Choice(case.policy),)),
+            cache=replace(self.base.cache, prefix=case.prefix),
+        )
+        resolved = replace(model.resolved, blocks=self._blocks(case))
         engine = build_engine(model.built.runner, model.spec, model.tokenizer, config, resolved)
         run = drive(engine, requests)
         timelines = sorted(run.timelines, key=lambda one: one.request.id)
@@ -211,15 +237,15 @@ class SimulatorAgreement(Experiment):
             sum(one.preemptions for one in timelines),
         )
 
-    def _simulate(self, requests: list[Request], policies: tuple[str, ...], few: bool) -> Any:
+    def _simulate(self, requests: list[Request], case: Case) -> Any:
         from millstream.engine import calibrate
         from millstream.sim.replica import EngineSetting
         from millstream.sim.simulate import Simulation
         from millstream.sim.workload import Call
 
         resolved = self.model.resolved
-        profile = calibrate.profile_of(self.model, self.found).sized(blocks=min(self._blocks(few).values()))
-        setting = EngineSetting(tuple(map(Choice, policies)), resolved.meters, Choice("none"), plans=resolved.plans)
+        profile = calibrate.profile_of(self.model, self.found).sized(blocks=min(self._blocks(case).values()))
+        setting = EngineSetting((Choice(case.policy),), resolved.meters, case.prefix, plans=resolved.plans)
         calls = [
             Call(request.id, request.arrival, tuple(request.prompt_ids), request.params.max_tokens or 1)
             for request in requests

@@ -12,7 +12,7 @@ import math
 from millstream.core.events import Computed, Emitted, Stepped
 from millstream.core.request import Kind
 from millstream.core.sequence import Sequence, State
-from millstream.core.shape import StepShape
+from millstream.core.shape import StepShape, shape_of
 from millstream.sched.protocol import Budget
 from millstream.sim.replica import Replica
 
@@ -85,8 +85,11 @@ def _rows(replica: Replica) -> list[Sequence]:
 def _times(replica: Replica, now: float, until: float, keys: int, rows: int, most: int) -> list[float]:
     runner, times, at = replica.runner, [], now
     busy_s = runner.busy_s
+    # What rows share lies before what they decode, and stays as it is.
+    assert runner.last is not None
+    shared = shape_of(runner.last, replica.engine.scheduler.ledger.block_size).shared_keys
     for _ in range(most):
-        seconds = runner.cost.seconds(StepShape(0, 0, 0, rows, keys, 0, rows)) * runner.slowdown
+        seconds = runner.cost.seconds(StepShape(0, 0, 0, rows, keys, shared, rows)) * runner.slowdown
         if at + seconds >= until:
             break
         at += seconds

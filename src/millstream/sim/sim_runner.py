@@ -65,7 +65,7 @@ class SimRunner:
         return self._capacity
 
     def launch(self, plan: StepPlan) -> Launched:
-        seconds = self.cost.seconds(shape_of(plan)) if plan.extends else 0.0
+        seconds = self.cost.seconds(shape_of(plan, self._capacity.block_size)) if plan.extends else 0.0
         if self.block_s and plan.moves:
             seconds += self.block_s * sum(move.source_tier is not move.target_tier for move in plan.moves)
         if self.noise:

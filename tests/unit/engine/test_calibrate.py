@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 
 from millstream.core.cache import CacheGroup
 from millstream.core.errors import BadRequest, RequestFault
-from millstream.core.plan import Settled, StepPlan, StepResult
+from millstream.core.plan import Extend, Holding, Settled, StepPlan, StepResult
 from millstream.core.shape import StepShape, shape_of
 from millstream.engine import calibrate
 from millstream.engine.calibrate import Composition, Measured, Steps, grid, learn, measure
@@ -41,7 +42,7 @@ class FakeRunner:
 
     def collect(self, plan: StepPlan) -> StepResult:
         if plan.extends:
-            self.now += true_s(shape_of(plan)) * self.draw.lognormvariate(0.0, self.noise)
+            self.now += true_s(shape_of(plan, 16)) * self.draw.lognormvariate(0.0, self.noise)
         settled = tuple(Settled(extend.seq, len(extend.tokens), (1,), fault=self.fault) for extend in plan.extends)
         return StepResult(plan.id, 0.0, settled)
 
@@ -64,6 +65,44 @@ def test_every_composition_has_blocks_of_its_own(runner) -> None:
     assert runner.plans[1].forgotten == tuple(extend.seq for extend in plan.extends)
     steps.forget()
     assert runner.plans[2].forgotten == (runner.plans[1].extends[0].seq,)
+
+
+def test_rows_of_a_composition_share_the_blocks_that_it_says(runner) -> None:
+    steps = Steps(runner, SPEC, "autoregressive")
+    one = Composition(rows=3, context=40 + 32, shared=32)
+    shape, _ = steps.seconds(one)
+    assert shape == StepShape(0, 0, 0, 3, 3 * 72, 2 * 32, 3)
+    tables = [extend.holdings[0].blocks for extend in runner.plans[0].extends]
+    assert {table[:2] for table in tables} == {(0, 1)}
+    own = [block for table in tables for block in table[2:]]
+    assert len(own) == len(set(own)) and not {0, 1} & set(own)
+    # What it says to need is what it takes, but for the last block of each row.
+    assert one.tokens == 32 + 3 * 41 and len(own) + 2 == math.ceil(32 / 16) + 3 * math.ceil(41 / 16)
+
+
+def test_what_rows_share_is_counted_once(runner) -> None:
+    def shape(tables: list[tuple[int, ...]], starts: list[int]) -> StepShape:
+        extends = tuple(
+            Extend(number, start, (1,), (Holding("full", table, start + 1),))
+            for number, (table, start) in enumerate(zip(tables, starts, strict=True))
+        )
+        return shape_of(StepPlan(0, extends), 16)
+
+    assert shape([(1, 2), (3, 4)], [20, 20]).shared_keys == 0
+    # One block of all four, one more of two: a trie of 16 + 16 + what each has alone.
+    tables = [(9, 5, 7), (9, 6), (9, 5, 1), (9, 8)]
+    assert shape(tables, [40, 20, 40, 25]).shared_keys == 3 * 16 + 16
+    # A prefix that is held whole, and one that is no longer than a row has computed.
+    assert shape([(9, 5), (9, 5, 7)], [31, 33]).shared_keys == 32
+    assert shape([(9, 5), (9, 5, 7)], [19, 33]).shared_keys == 20
+    prompts = Extend(7, 16, (1, 1), (Holding("full", (9, 5), 18),))
+    plan = StepPlan(0, (prompts, Extend(8, 16, (1,), (Holding("full", (9, 5), 17),))))
+    assert shape_of(plan, 16).shared_keys == 0
+    # Groups that forget where rows began say nothing.
+    held = [(Holding("window", (-1, one), 20), Holding("full", (4, one), 20)) for one in (5, 6)]
+    plan = StepPlan(0, tuple(Extend(number, 19, (1,), both) for number, both in enumerate(held)))
+    assert shape_of(plan, 16).shared_keys == 16
+    assert shape_of(StepPlan(0, (Extend(0, 3, (1,), ()), Extend(1, 3, (1,), ()))), 16).shared_keys == 0
 
 
 def test_only_what_fits_is_measured() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from millstream.core.registry import Choice
 from millstream.sched.predictors.linear import NAMES
+from millstream.sched.predictors.piecewise import KNOTS
 from millstream.sched.profiles import Profile
 from millstream.sim.replica import EngineSetting
 from millstream.sim.simulate import Simulation
@@ -13,6 +14,20 @@ from millstream.sim.traces import Row
 from millstream.sim.workload import Call, Source, calls
 
 STATE = {"coefficients": dict(zip(NAMES, (5e-3, 1e-4, 1e-7, 0.0, 0.0, 1e-3, 2e-4), strict=True)), "residual": 0.0}
+# Keys that rows share cost a tenth of those that one row reads.
+SHARING = {
+    "coefficients": {
+        "constant": 5e-3,
+        "prefill_pairs": 0.0,
+        "decode_keys": 1e-5,
+        "prefill_rows": 1e-3,
+        "decode_rows": 2e-4,
+        "sampled": 0.0,
+        "shared_keys": 1e-6,
+    },
+    "slopes": {str(knot): 1e-4 for knot in KNOTS},
+    "residual": 0.0,
+}
 
 
 def profile(**changes: Any) -> Profile:

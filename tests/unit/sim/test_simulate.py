@@ -8,7 +8,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim_bench import profile, rows, simulate, traffic
+from sim_bench import SHARING, profile, rows, simulate, traffic
 
 from millstream.core import registry
 from millstream.core.errors import BadRequest
@@ -178,6 +178,23 @@ def test_leaps_change_nothing(plan, policy, replicas, blocks, preemption, fails)
     for one, other in zip(fast.replicas, slow.replicas, strict=True):
         one.engine.scheduler.ledger.check()
         assert one.engine.scheduler.ledger.stats() == other.engine.scheduler.ledger.stats()
+
+
+def test_rows_behind_one_prefix_take_less_time_with_and_without_leaps() -> None:
+    """Those that come after the first find its blocks, and what they decode costs less than if each had its own."""
+    alone = {**SHARING, "coefficients": {**SHARING["coefficients"], "shared_keys": 1e-5}}
+
+    def run(state: object, leaps: bool, shared: bool) -> object:
+        made = [Row(0.5 * one, 1100 + one, 150, (1, 2, 3) if shared else ()) for one in range(3)]
+        return simulate(traffic(made), profiles=[profile(cost="piecewise", state=state)], leaps=leaps)
+
+    fast, slow = run(SHARING, True, True), run(SHARING, False, True)
+    assert fast.fingerprint == slow.fingerprint and fast.steps == slow.steps
+    assert sum(fast.busy_s) == pytest.approx(sum(slow.busy_s))
+    # A tenth is paid for what the later two share, in most of their 300 steps: whenever an earlier one is still there.
+    saved = sum(run(alone, True, True).busy_s) - sum(fast.busy_s)
+    assert 150 < saved / (1088 * 9e-6) <= 300
+    assert run(SHARING, True, False).fingerprint == run(alone, True, False).fingerprint
 
 
 def test_there_are_leaps(monkeypatch) -> None:

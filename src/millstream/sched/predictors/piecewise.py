@@ -2,7 +2,8 @@
 
 Products with the weights are bound by memory for few tokens and by arithmetic for many, and kernels change with the
 number of rows, so time by tokens is a line in pieces between `KNOTS`, none of which falls. Attention goes with pairs
-of queries and keys, sampling with the rows that are sampled.
+of queries and keys, where those that another row reads too have a price of their own; sampling with the rows that are
+sampled.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from millstream.sched.fitting import fit_times, mean_error, samples_of
 CARD = Card("piecewise", "step time, a line in pieces by the number of tokens, and the cost of attention and of rows")
 
 KNOTS = (0, 1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-OTHERS = ("constant", "prefill_pairs", "decode_keys", "prefill_rows", "decode_rows", "sampled")
+OTHERS = ("constant", "prefill_pairs", "decode_keys", "prefill_rows", "decode_rows", "sampled", "shared_keys")
+_READ, _SHARED = OTHERS.index("decode_keys"), OTHERS.index("shared_keys")
 
 
 class Piecewise:
@@ -37,8 +39,11 @@ class Piecewise:
         used = [knot for knot in KNOTS if knot < most] or [0]
         rows = [[*_others(shape), *_pieces(shape.tokens, used)] for shape in shapes]
         found = fit_times(rows, seconds)
-        slopes = found[len(OTHERS) :]
-        self._set(found[: len(OTHERS)], slopes + [slopes[-1]] * (len(KNOTS) - len(slopes)))
+        others, slopes = found[: len(OTHERS)], found[len(OTHERS) :]
+        if not any(shape.shared_keys for shape in shapes):
+            # Nothing is known of what sharing saves.
+            others[_SHARED] = others[_READ]
+        self._set(others, slopes + [slopes[-1]] * (len(KNOTS) - len(slopes)))
         self._residual = mean_error([self.seconds(shape) for shape in shapes], seconds)
 
     def _set(self, others: list[float], slopes: list[float]) -> None:
@@ -51,13 +56,14 @@ class Piecewise:
             raise MillstreamError("this model of step times has not been fitted")
         tokens = shape.prefill_tokens + shape.decode_rows
         place = bisect_right(KNOTS, tokens) - 1
-        a, b, c, d, e, f = self._others
+        a, b, c, d, e, f, g = self._others
         return (
             a
             + self._base[place]
             + self._slopes[place] * (tokens - KNOTS[place])
             + b * shape.prefill_pairs
-            + c * (shape.decode_keys - shape.shared_keys)
+            + c * shape.decode_keys
+            - (c - g) * shape.shared_keys
             + d * shape.prefill_rows
             + e * shape.decode_rows
             + f * shape.sampled
@@ -75,6 +81,9 @@ class Piecewise:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         others, slopes = state.get("coefficients"), state.get("slopes")
+        if isinstance(others, Mapping) and "decode_keys" in others:
+            # Those that were learned before sharing had a price.
+            others = {"shared_keys": others["decode_keys"], **others}
         if not isinstance(others, Mapping) or set(others) != set(OTHERS):
             raise ValueError(f"coefficients of {', '.join(OTHERS)} are expected")
         if not isinstance(slopes, Mapping) or set(slopes) != {str(knot) for knot in KNOTS}:
@@ -87,8 +96,8 @@ class Piecewise:
 
 
 def _others(shape: StepShape) -> list[float]:
-    keys = shape.decode_keys - shape.shared_keys
-    return [1.0, shape.prefill_pairs, keys, shape.prefill_rows, shape.decode_rows, shape.sampled]
+    read, shared = shape.decode_keys - shape.shared_keys, shape.shared_keys
+    return [1.0, shape.prefill_pairs, read, shape.prefill_rows, shape.decode_rows, shape.sampled, shared]
 
 
 def _pieces(tokens: int, knots: Seq[int]) -> list[float]:
