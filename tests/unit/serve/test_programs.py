@@ -24,7 +24,7 @@ from starlette.applications import Starlette
 
 from millstream.cluster.client import ClusterClient
 from millstream.core import registry
-from millstream.core.request import Program, SamplingParams
+from millstream.core.request import Program, SamplingParams, Slo
 from millstream.core.request import Request as Ask
 from millstream.engine.thread import AsyncEngine, EngineThread
 from millstream.serve.caller import Caller
@@ -98,6 +98,16 @@ def test_every_route_takes_it_by_field_and_by_header(
     assert answer.status == 200, answer.body
     assert [one.program for one in server.asked] == [want]
     assert "x-millstream-warning" not in answer.headers
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_every_route_takes_wishes_beside_it(server: Any, path: str) -> None:
+    """The deadline of a workflow is the wish of its calls for the whole."""
+    wishes = {"ttft_s": 1.0, "tpot_s": 0.5, "e2e_s": 30.0, "deadline_s": 60.0}
+    answer = server.post(path, {**BODIES[path], "program": "walk", "slo": wishes})
+    assert answer.status == 200, answer.body
+    assert [one.slo for one in server.asked] == [Slo(1.0, 0.5, 60.0, 30.0)]
+    assert server.post(path, {**BODIES[path], "slo": {"e2e_s": 0}}).status == 400
 
 
 def test_who_names_none_has_none(server: Any) -> None:

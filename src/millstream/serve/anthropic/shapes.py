@@ -28,6 +28,7 @@ EXTENSIONS = (
     "stop_token_ids",
     "chat_template_kwargs",
     "priority",
+    "slo",
     "cache_salt",
     "program",
     "deadline_s",
@@ -113,6 +114,7 @@ class Ask(Counted, kw_only=True):
     logit_bias: Any = None
     stop_token_ids: Any = None
     priority: Any = None
+    slo: Any = None
     cache_salt: Any = None
     program: str | ProgramAsk | None = None
     deadline_s: Any = None

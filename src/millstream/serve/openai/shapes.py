@@ -34,10 +34,11 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class Wishes(msgspec.Struct, frozen=True):
-    """Seconds: to the first token, from token to token, and for the whole."""
+    """Seconds: to the first token, from token to token, for the whole, and after which a request ends in any case."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    e2e_s: float | None = None
     deadline_s: float | None = None
 
 
@@ -237,7 +238,7 @@ def slo_of(ask: Timed, header: str | None, default_s: float | None, most_s: floa
         deadline = default_s
     if deadline is not None and most_s is not None:
         deadline = min(deadline, most_s)
-    return Slo(wishes.ttft_s, wishes.tpot_s, deadline)
+    return Slo(wishes.ttft_s, wishes.tpot_s, deadline, wishes.e2e_s)
 
 
 def salt_of(ask: Sampling, salt: str) -> str:

@@ -36,6 +36,7 @@ EXTENSIONS = (
     "logit_bias",
     "chat_template_kwargs",
     "priority",
+    "slo",
     "cache_salt",
     "program",
     "deadline_s",
@@ -91,6 +92,7 @@ class Ask(msgspec.Struct, kw_only=True):
     logit_bias: Any = None
     chat_template_kwargs: Any = None
     priority: Any = None
+    slo: Any = None
     cache_salt: Any = None
     program: str | ProgramAsk | None = None
     deadline_s: Any = None
