@@ -26,7 +26,7 @@ import random
 import signal
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -494,24 +494,13 @@ class _Asked:
     whole: bool = False
 
 
-@contextlib.asynccontextmanager
-async def _cluster(rule: Choice | None = None) -> AsyncIterator[Any]:
-    """What `millstream serve --replicas` has behind its API, once its first engine is up."""
-    from millstream.cluster.client import ClusterClient
-    from millstream.cluster.config import ClusterConfig, RayConfig
-    from millstream.cluster.ray_backend import RayBackend
-    from millstream.core import registry
+def _cluster(rule: Choice | None = None) -> contextlib.AbstractAsyncContextManager[Any]:
+    """One engine, and room for another."""
+    from millstream.bench.workers import workers
+    from millstream.cluster.config import ClusterConfig
 
-    config = ClusterConfig(replicas=1, max_replicas=2, interval_s=LIVE_LOOK_S, ray=RayConfig("local"))
-    backend = RayBackend.of(MODEL, LIVE_ENGINE, config.ray, log_to_driver=False)
-    autoscaler = None if rule is None else registry.make("autoscaler", rule)
-    cluster = ClusterClient(registry.make("router", "least-work"), config, backend, autoscaler)
-    await cluster.start()
-    try:
-        await asyncio.wait_for(cluster.facts(), START_S)
-        yield cluster
-    finally:
-        await cluster.close()
+    config = ClusterConfig(replicas=1, max_replicas=2, interval_s=LIVE_LOOK_S)
+    return workers(MODEL, LIVE_ENGINE, config, autoscaler=rule)
 
 
 async def _ask(cluster: Any, vocab: int, asked: _Asked, number: int) -> None:
@@ -565,7 +554,8 @@ async def _live_run(learned: _Learned, draw: random.Random) -> dict[str, float]:
         watch = _Watch(cluster)
         watching = asyncio.create_task(watch.run())
         sent: list[list[_Asked]] = [[] for _ in PHASES]
-        tasks, begins, until = [], [], time.monotonic()
+        tasks: list[asyncio.Task[None]] = []
+        begins, until = [], time.monotonic()
         for own, (seconds, share) in zip(sent, PHASES, strict=True):
             at, until = until, until + seconds
             begins.append(at)

@@ -2,19 +2,24 @@
 
 Live: SmolLM2 with a KV cache that holds some of the prefixes in use. Four tenants with prefixes of their own; one
 floods the engine at once, the others send now and then. The engine runs for a fixed time; what waits then is given up,
-and a first token that did not come by then counts as coming at that moment. Simulated: eight engines of an A100's
-published step times behind routers, sixteen tenants of unlike rates, each with prefixes of its own.
+and a first token that did not come by then counts as coming at that moment. Two worker processes of SmolLM2 behind
+routers, a core each. Simulated: eight engines of an A100's published step times behind routers, sixteen tenants of
+unlike rates, each with prefixes of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from millstream.core.registry import Card, Choice
+from millstream.core.request import Request, SamplingParams, Tokens
+from millstream.core.sequence import Finish
 from millstream.reproduce.protocol import (
     Arm,
     CheckResult,
@@ -27,6 +32,7 @@ from millstream.reproduce.protocol import (
     Of,
     Required,
 )
+from millstream.sim.workload import Call
 
 PROFILE = "vidur-a100-llama3-8b-tp1"
 QUANTUM, SMALL, LARGE = 2048.0, 256.0, 65536.0
@@ -51,6 +57,8 @@ PREFIX, QUESTION, ANSWER, PREFIXES, CACHE = 448, (16, 48), (4, 12), 3, 3072
 FLOODED, QUICK_FLOODED = 240, 60
 SECONDS, QUICK_SECONDS = 9.0, 5.0
 EACH, QUIET_RATE = 4.0, 1.5
+# Of the two workers: tokens of KV each, requests and their rate, tenants at equal rates.
+WORKER_CACHE, ASKED, QUICK_ASKED, ASKED_RATE = 3072, 160, 40, 16.0
 ENGINES, TENANTS, SENT, QUICK_SENT, RATE = 8, 16, 1200, 300, 40.0
 
 
@@ -68,6 +76,10 @@ class Dlpm(Experiment):
             for name, stack in POLICIES.items()
         ),
         *(
+            Arm(f"pair-{name}", f"two worker processes under dlpm, behind {router}", (f"router:{router.name}",))
+            for name, router in ROUTERS.items()
+        ),
+        *(
             Arm(f"route-{name}", f"eight simulated engines under dlpm, behind {router}", (f"router:{router.name}",))
             for name, router in ROUTERS.items()
         ),
@@ -78,7 +90,9 @@ class Dlpm(Experiment):
         Metric("worst_ttft_p99_s", "s", "lower", "99th percentile of the first token, of the tenant that is worst off"),
         Metric("gap_over_bound", "", "lower", "largest difference of service of two waiting tenants over its bound"),
         Metric("fairness", "", "higher", "Jain's index over tenants, of one over their mean seconds a token"),
-        Metric("imbalance", "", "lower", "the busiest engine's time over the mean of all"),
+        Metric(
+            "imbalance", "", "lower", "the busiest engine over the mean of all, by time or (workers) by computed tokens"
+        ),
     )
     claim = Claim(
         "2.87 times the throughput of VTC and up to 7.18 times lower latency of a client than distributed baselines, "
@@ -126,6 +140,9 @@ class Dlpm(Experiment):
             at_least=1.0,
         ),
         Required(
+            "two workers: more hits than in turns", Of("pair-d2lpm", "hits"), Of("pair-turns", "hits"), at_least=1.2
+        ),
+        Required(
             "over engines: more hits than in turns", Of("route-d2lpm", "hits"), Of("route-turns", "hits"), at_least=1.2
         ),
         Required("and than the least used engine", Of("route-d2lpm", "hits"), Of("route-least", "hits"), at_least=1.2),
@@ -143,11 +160,14 @@ class Dlpm(Experiment):
         ),
     )
     warmup = 0
-    seconds = 500.0
+    seconds = 700.0
     sources = (
         "millstream.sched.scheduler",
         "millstream.memory.prefix.radix",
         "millstream.bench.stage",
+        "millstream.bench.workers",
+        "millstream.cluster.client",
+        "millstream.cluster.fleet",
         "millstream.sim.simulate",
     )
 
@@ -158,15 +178,17 @@ class Dlpm(Experiment):
 
         self.profile = profiles.load(PROFILE, PUBLISHED)
         self.stage = Stage()
+        self.paired: dict[int, dict[str, dict[str, float]]] = {}
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
-        shapes = (PREFIX, QUESTION, ANSWER, PREFIXES, CACHE, FLOODED, EACH, QUIET_RATE, ENGINES, TENANTS, SENT, RATE)
+        shapes = (
+            *(PREFIX, QUESTION, ANSWER, PREFIXES, CACHE, FLOODED, EACH, QUIET_RATE, ENGINES, TENANTS, SENT, RATE),
+            *(WORKER_CACHE, ASKED, ASKED_RATE),
+        )
         return {"model": self.stage.model.source.checksum().encode(), "shapes": repr(shapes).encode()}
 
     def _calls(self, ctx: Context) -> list[Any]:
         """What the tenants send: the flooder all at once, the others at random times."""
-        from millstream.sim.workload import Call
-
         draw = random.Random(f"dlpm {ctx.seed} {ctx.repeat}")
         seconds = SECONDS if not ctx.quick else QUICK_SECONDS
         sent = [(0.001 * number, FLOOD) for number in range(ctx.size(FLOODED, QUICK_FLOODED))]
@@ -174,25 +196,25 @@ class Dlpm(Experiment):
             at = 0.3
             while (at := at + draw.expovariate(QUIET_RATE)) < seconds:
                 sent.append((at, tenant))
-        return self._made(Call, sorted(sent), draw, PREFIX, QUESTION, ANSWER, PREFIXES)
+        return self._made(sorted(sent), draw, PREFIX, QUESTION, ANSWER, PREFIXES)
 
     @staticmethod
     def _made(
-        kind: Any,
         sent: Sequence[tuple[float, str]],
         draw: random.Random,
         prefix: int,
         question: tuple[int, int],
         answer: tuple[int, int],
         prefixes: int,
-    ) -> list[Any]:
+        text: int = 0,
+    ) -> list[Call]:
         places = {tenant: number for number, tenant in enumerate(sorted({tenant for _, tenant in sent}))}
         calls = []
         for number, (at, tenant) in enumerate(sent, start=1):
-            text = (places[tenant] * prefixes + draw.randrange(prefixes)) << 20
-            own = (1 << 38) + (number << 20)
-            prompt = (*range(text, text + prefix), *range(own, own + draw.randint(*question)))
-            calls.append(kind(number, at, prompt, draw.randint(*answer), tenant))
+            shared = (text << 30) + ((places[tenant] * prefixes + draw.randrange(prefixes)) << 20)
+            own = (1 << 38) + (text << 34) + (number << 20)
+            prompt = (*range(shared, shared + prefix), *range(own, own + draw.randint(*question)))
+            calls.append(Call(number, at, prompt, draw.randint(*answer), tenant))
         return calls
 
     def _setting(self, name: str) -> Any:
@@ -220,6 +242,8 @@ class Dlpm(Experiment):
 
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
         where, _, name = arm.name.partition("-")
+        if where == "pair":
+            return self._pair(ctx, name)
         return self._route(ctx, name) if where == "route" else self._live(ctx, name)
 
     def _live(self, ctx: Context, name: str) -> Mapping[str, float]:
@@ -243,13 +267,83 @@ class Dlpm(Experiment):
             "gap_over_bound": _gap(played.served) / bound,
         }
 
+    def _pair(self, ctx: Context, name: str) -> Mapping[str, float]:
+        """All routers of a repeat have the same two workers, one after the other, each with texts of its own."""
+        if ctx.repeat not in self.paired:
+            self.paired[ctx.repeat] = asyncio.run(self._pairs(ctx))
+        return self.paired[ctx.repeat][name]
+
+    async def _pairs(self, ctx: Context) -> dict[str, dict[str, float]]:
+        from millstream.bench.workers import workers
+        from millstream.cluster.config import ClusterConfig
+        from millstream.core import registry
+
+        model = self.stage.model
+        held = min(model.resolved.blocks.values()) * model.resolved.block_size
+        engine = {
+            "model": {"weights": "blocks"},
+            "cache": {"bytes": WORKER_CACHE * model.built.kv_bytes // held},
+            "sched": {"policies": [{"name": "dlpm", "quantum": QUANTUM}], "max_rows": 8},
+            "runner": {"threads": 1},
+            "seed": 0,
+        }
+        draw, found = random.Random(f"pair {ctx.seed} {ctx.repeat}"), {}
+        async with workers(self.stage.name, engine, ClusterConfig(replicas=2)) as cluster:
+            for place, name in enumerate(draw.sample(list(ROUTERS), len(ROUTERS))):
+                cluster.fleet.router = registry.make("router", ROUTERS[name])
+                sent, at = [], 0.0
+                for _ in range(ctx.size(ASKED, QUICK_ASKED)):
+                    at += draw.expovariate(ASKED_RATE)
+                    sent.append((at, draw.choice((FLOOD, *QUIET))))
+                calls = self._made(sent, draw, PREFIX, QUESTION, ANSWER, PREFIXES, text=1 + place)
+                found[name] = await self._answered(cluster, calls)
+        return found
+
+    async def _answered(self, cluster: Any, calls: Sequence[Call]) -> dict[str, float]:
+        """What the two workers make of calls that come when they come."""
+        from millstream.sim.report import jain
+
+        begun = time.monotonic()
+        cached = computed = tokens = 0
+        waits: dict[str, list[float]] = {}
+        paces: dict[str, list[float]] = {}
+        work: dict[int, int] = {}
+
+        async def ask(call: Call) -> None:
+            nonlocal cached, computed, tokens
+            await asyncio.sleep(begun + call.at_s - time.monotonic())
+            params = SamplingParams(max_tokens=call.num_output, temperature=0.0, ignore_eos=True)
+            request = Request(cluster.new_id(), (Tokens(self.stage.ids(call)),), params, tenant=call.tenant)
+            at, first, worker = time.monotonic(), 0.0, -1
+            async for chunk in cluster.submit(request):
+                if chunk.tokens and not first:
+                    first = time.monotonic()
+                    worker = cluster.fleet.place_of(request.id) or 0
+                    waits.setdefault(call.tenant, []).append(first - at)
+                if chunk.finish is not None:
+                    assert chunk.finish is Finish.LENGTH, chunk.error or chunk.finish
+                    usage = chunk.usage
+                    own = usage.prompt_tokens - usage.cached_tokens
+                    cached, computed = cached + usage.cached_tokens, computed + own
+                    tokens += usage.prompt_tokens + usage.output_tokens
+                    work[worker] = work.get(worker, 0) + own + usage.output_tokens
+                    paces.setdefault(call.tenant, []).append((time.monotonic() - at) / usage.output_tokens)
+
+        await asyncio.gather(*map(ask, calls))
+        return {
+            "tokens_per_s": tokens / (time.monotonic() - begun),
+            "hits": 100 * cached / (cached + computed),
+            "worst_ttft_p99_s": max(map(_p99, waits.values())),
+            "fairness": jain([1 / statistics.fmean(own) for own in paces.values()]),
+            "imbalance": max(work.values()) / (sum(work.values()) / 2),
+        }
+
     def _route(self, ctx: Context, name: str) -> Mapping[str, float]:
         from millstream.core import registry
         from millstream.sim.compare import token_s
         from millstream.sim.replica import EngineSetting
         from millstream.sim.report import jain
         from millstream.sim.simulate import Simulation
-        from millstream.sim.workload import Call
 
         draw = random.Random(f"d2lpm {ctx.seed} {ctx.repeat}")
         # Rates of tenants fall as one over their place.
@@ -258,7 +352,7 @@ class Dlpm(Experiment):
         for _ in range(ctx.size(SENT, QUICK_SENT)):
             at += draw.expovariate(RATE)
             sent.append((at, f"tenant-{draw.choices(range(TENANTS), shares)[0]:02}"))
-        calls = self._made(Call, sent, draw, 2048, (32, 256), (16, 96), 4)
+        calls = self._made(sent, draw, 2048, (32, 256), (16, 96), 4)
         blocks = 12_000 // self.profile.block_size
         profile = self.profile.sized(blocks)
         setting = EngineSetting((Choice("dlpm", {"quantum": QUANTUM}),))
