@@ -157,23 +157,22 @@ class Stage:
             model.resolved, blocks=blocks, host_blocks=host, meters=setting.meters(self.step_tokens), config=config
         )
 
-        def watch(request: Request) -> list[Observer]:
-            return [_EndAfter(lengths[request.id])] if answers is None else []
+        def end_as_told(request: Request) -> list[Observer]:
+            return [_EndAfter(lengths[request.id])]
 
         if cost is None and self.profile is not None:
             cost = self.profile.step_cost()
-        engine = build_engine(model.built.runner, model.spec, model.tokenizer, config, resolved, cost=cost, watch=watch)
-        if policies is not None:
-            engine.scheduler.policy = PolicyStack(policies)
-        if answers is None:
-            ids = self.ids
-            answers = {
+        params, ids, watch = answers, _as_is, _nobody
+        if params is None:
+            ids, watch = self.ids, end_as_told
+            params = {
                 call.id: SamplingParams(max_tokens=max(most, call.num_output + 1), temperature=0.0, ignore_eos=True)
                 for call in calls
             }
-        else:
-            ids = _as_is
-        return _Player(engine, calls, ids, answers, deadline_s).run()
+        engine = build_engine(model.built.runner, model.spec, model.tokenizer, config, resolved, cost=cost, watch=watch)
+        if policies is not None:
+            engine.scheduler.policy = PolicyStack(policies)
+        return _Player(engine, calls, ids, params, deadline_s).run()
 
     def simulate(
         self,
@@ -198,6 +197,10 @@ class Stage:
 
 def _as_is(call: Call) -> tuple[int, ...]:
     return call.prompt
+
+
+def _nobody(request: Request) -> list[Observer]:
+    return []
 
 
 class _Player:
