@@ -64,7 +64,19 @@ def test_every_composition_has_blocks_of_its_own(runner) -> None:
     steps.seconds(Composition(rows=1, context=8))
     assert runner.plans[1].forgotten == tuple(extend.seq for extend in plan.extends)
     steps.forget()
-    assert runner.plans[2].forgotten == (runner.plans[1].extends[0].seq,)
+    assert runner.plans[3].forgotten == (runner.plans[1].extends[0].seq,)
+
+
+def test_rows_that_decode_are_timed_where_they_have_decoded_before(runner) -> None:
+    shape, seconds = Steps(runner, SPEC, "autoregressive").seconds(Composition(rows=2, context=33))
+    before, timed = runner.plans
+    assert shape == StepShape(0, 0, 0, 2, 2 * 33, 0, 2) == shape_of(timed, 16)
+    assert seconds == pytest.approx(true_s(shape))
+        true_s(shape)
+    )
+    for one, other in zip(before.extends, timed.extends, strict=True):
+        assert (one.seq, one.start + 1, one.holdings) == (other.seq, other.start, other.holdings)
+    assert not timed.forgotten and len({extend.seq for extend in timed.extends}) == 2
 
 
 def test_rows_of_a_composition_share_the_blocks_that_it_says(runner) -> None:
