@@ -72,8 +72,6 @@ def test_rows_that_decode_are_timed_where_they_have_decoded_before(runner) -> No
     before, timed = runner.plans
     assert shape == StepShape(0, 0, 0, 2, 2 * 33, 0, 2) == shape_of(timed, 16)
     assert seconds == pytest.approx(true_s(shape))
-        true_s(shape)
-    )
     for one, other in zip(before.extends, timed.extends, strict=True):
         assert (one.seq, one.start + 1, one.holdings) == (other.seq, other.start, other.holdings)
     assert not timed.forgotten and len({extend.seq for extend in timed.extends}) == 2
