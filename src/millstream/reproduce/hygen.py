@@ -144,7 +144,7 @@ class Hygen(Experiment):
         self.stage = Stage()
         ctx.repeat = 0
         ctx.say("measuring how long steps take")
-        self.stage.calibrate(repeats=3, thin=1 if not ctx.quick else 2)
+        self.stage.calibrate(repeats=6 if not ctx.quick else 3, thin=1 if not ctx.quick else 2)
         self.base = self._live(ctx, self._setting(None), None)
         ctx.say(f"online alone: {1000 * self.base:.1f} ms between tokens at the 99th percentile")
         self.steps = {name: self._find_step(ctx, self.base * (1 + more)) for name, more in MARGINS.items()}
