@@ -36,7 +36,9 @@ def test_outputs_end_where_calls_say_however_they_are_preempted(stage: Stage) ->
     moved = stage.model.built.runner.counters
     for preemption in ("recompute", "swap"):
         before = moved.moves
-        played = stage.live(asked, Setting((MLFQ, Choice("fcfs")), seats=2, preemption=preemption))
+        # Without an index of prefixes no block is copied but by swapping.
+        setting = Setting((MLFQ, Choice("fcfs")), seats=2, preemption=preemption, prefix=Choice("none"))
+        played = stage.live(asked, setting)
         assert played.preemptions and played.tokens == plain.tokens
         assert (moved.moves > before) == (preemption == "swap")
 
