@@ -5,24 +5,43 @@ Shapes: L layers of the group, N blocks, and whatever one block holds of a layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from millstream.core.cache import CacheGroup
 from millstream.core.plan import Tier
-from millstream.formats.kv.protocol import KvPages
+from millstream.ops.attention.protocol import CopyCounts
 
 
-def check(pages: KvPages, blocks: Sequence[int], tier: Tier) -> None:
-    """Raises IndexError for a block that the tier does not have."""
-    held = pages.num_blocks if tier is Tier.DEVICE else pages.num_host_blocks
-    for block in blocks:
-        if not 0 <= block < held:
-            raise IndexError(f"block {block} of group {pages.group.name!r}: the {tier.value} tier has {held}")
+class Pooled:
+    """Pages in pools by tier, tensors (L, N, ...): the part of `KvPages` that moves blocks."""
+
+    group: CacheGroup
+    num_blocks: int
+    num_host_blocks: int
+    copied: CopyCounts
+    _pools: Mapping[Tier, tuple[torch.Tensor, ...]]
+
+    def move(
+        self,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        source_tier: Tier = Tier.DEVICE,
+        target_tier: Tier = Tier.DEVICE,
+    ) -> None:
+        """Copies blocks across all layers, within a tier or between them. Raises IndexError."""
+        for blocks, tier in ((sources, source_tier), (targets, target_tier)):
+            held = self.num_blocks if tier is Tier.DEVICE else self.num_host_blocks
+            for block in blocks:
+                if not 0 <= block < held:
+                    raise IndexError(f"block {block} of group {self.group.name!r}: the {tier.value} tier has {held}")
+        for origin, destination in zip(self._pools[source_tier], self._pools[target_tier], strict=True):
+            self.copied.move_bytes += _copy(origin, destination, sources, targets)
 
 
-def copy(origin: torch.Tensor, destination: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> int:
-    """Copies blocks (L, N, ...) from one pool to another, or within one. Gives the number of bytes.
+def _copy(origin: torch.Tensor, destination: torch.Tensor, sources: Sequence[int], targets: Sequence[int]) -> int:
+    """Copies blocks from one pool to another, or within one. Gives the number of bytes.
 
     Within one memory each is copied from place to place: a buffer between takes three to eight times as long. Between
     memories they are gathered in one, which crosses at once (Luo et al., Autellix, section 5): there a transfer has a

@@ -6,7 +6,7 @@ Shapes: L layers of the group, N blocks, K kv heads, D head dimension, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from millstream.core.cache import CacheGroup
 from millstream.core.errors import ConfigError
 from millstream.core.plan import Tier
-from millstream.formats.kv import _blocks
+from millstream.formats.kv._blocks import Pooled
 from millstream.formats.kv._zeros import zeros
 from millstream.ops.attention.protocol import CopyCounts
 
@@ -23,7 +23,7 @@ Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], 
 MAX_HEAD_DIM = 1024
 
 
-class CodedPages(ABC):
+class CodedPages(Pooled, ABC):
     """The pages of one group. Implements `KvPages`. `data` is uint8 (L, N, K, bytes of a head)."""
 
     layout: ClassVar[str]
@@ -43,10 +43,10 @@ class CodedPages(ABC):
         self.copied = CopyCounts()
         one = (group.kv_heads, head_bytes)
         self._pools = {
-            Tier.DEVICE: zeros((group.num_layers, num_blocks, *one), torch.uint8, device),
-            Tier.HOST: zeros((group.num_layers, num_host_blocks, *one), torch.uint8, torch.device("cpu")),
+            Tier.DEVICE: (zeros((group.num_layers, num_blocks, *one), torch.uint8, device),),
+            Tier.HOST: (zeros((group.num_layers, num_host_blocks, *one), torch.uint8, torch.device("cpu")),),
         }
-        self.data = self._pools[Tier.DEVICE]
+        (self.data,) = self._pools[Tier.DEVICE]
         self._layers = list(self.data.unbind(0))
         self._token_bytes = group.kv_heads * head_bytes // block_size
         self._write = write
@@ -68,18 +68,6 @@ class CodedPages(ABC):
         """Where the blocks of a layer begin; they hold K and V."""
         at = self._layers[layer].data_ptr()
         return at, at
-
-    def move(
-        self,
-        sources: Sequence[int],
-        targets: Sequence[int],
-        source_tier: Tier = Tier.DEVICE,
-        target_tier: Tier = Tier.DEVICE,
-    ) -> None:
-        """Copies blocks across all layers, within a tier or between them."""
-        _blocks.check(self, sources, source_tier)
-        _blocks.check(self, targets, target_tier)
-        self.copied.move_bytes += _blocks.copy(self._pools[source_tier], self._pools[target_tier], sources, targets)
 
 
 def check_sizes(name: str, group: CacheGroup, num_blocks: int, block_size: int, num_host_blocks: int) -> None:

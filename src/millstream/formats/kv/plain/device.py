@@ -7,14 +7,12 @@ blocks of a layer are neighbours in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from millstream.core.cache import CacheGroup
 from millstream.core.errors import ConfigError
 from millstream.core.plan import Tier
-from millstream.formats.kv import _blocks
+from millstream.formats.kv._blocks import Pooled
 from millstream.formats.kv._zeros import zeros as _zeros
 from millstream.formats.kv.plain import Config, element_bytes
 from millstream.ops.attention.protocol import CopyCounts
@@ -25,7 +23,7 @@ from millstream.ops.table import Ask
 LAYOUT = "k-transposed"
 
 
-class PlainPages:
+class PlainPages(Pooled):
     """The pages of one group. Implements `KvPages`."""
 
     layout = LAYOUT
@@ -71,19 +69,6 @@ class PlainPages:
     def addresses(self, layer: int) -> tuple[int, int]:
         """Where K and V of a layer begin."""
         return self._k_layers[layer].data_ptr(), self._v_layers[layer].data_ptr()
-
-    def move(
-        self,
-        sources: Sequence[int],
-        targets: Sequence[int],
-        source_tier: Tier = Tier.DEVICE,
-        target_tier: Tier = Tier.DEVICE,
-    ) -> None:
-        """Copies blocks across all layers, within a tier or between them."""
-        _blocks.check(self, sources, source_tier)
-        _blocks.check(self, targets, target_tier)
-        for origin, destination in zip(self._pools[source_tier], self._pools[target_tier], strict=True):
-            self.copied.move_bytes += _blocks.copy(origin, destination, sources, targets)
 
 
 class Plain:
