@@ -1,7 +1,8 @@
 """Fairness and locality at once: DLPM in one engine, D2LPM over many (Cao et al., 2025).
 
 Live: SmolLM2 with a KV cache that holds some of the prefixes in use. Four tenants with prefixes of their own; one
-floods the engine at once, the others send now and then. The engine runs for a fixed time; what waits then is given up,
+floods the engine at once with FLOOD_TIMES what the machine does of it in all the time, the others send now and then, a
+QUIET_SHARE of it each. The engine runs for a fixed time; what waits then is given up,
 and a first token that did not come by then counts as coming at that moment. Two worker processes of SmolLM2 behind
 routers, a core each. Simulated: eight engines of an A100's published step times behind routers, sixteen tenants of
 unlike rates, each with prefixes of its own.
@@ -54,9 +55,9 @@ FLOOD = "flood"
 QUIET = ("one", "two", "three")
 # Tokens of a prefix, of a question, of an answer; prefixes a tenant; blocks of the cache, in tokens.
 PREFIX, QUESTION, ANSWER, PREFIXES, CACHE = 448, (16, 48), (4, 12), 3, 3072
-FLOODED, QUICK_FLOODED = 240, 60
+FLOOD_TIMES, QUIET_SHARE = 1.5, 0.1
+TRIED, QUICK_TRIED = 120, 40
 SECONDS, QUICK_SECONDS = 9.0, 5.0
-EACH, QUIET_RATE = 4.0, 1.5
 # Of the two workers: tokens of KV each, requests and their rate, tenants at equal rates.
 WORKER_CACHE, ASKED, QUICK_ASKED, ASKED_RATE = 3072, 160, 40, 16.0
 ENGINES, TENANTS, SENT, QUICK_SENT, RATE = 8, 16, 1200, 300, 40.0
@@ -179,10 +180,19 @@ class Dlpm(Experiment):
         self.profile = profiles.load(PROFILE, PUBLISHED)
         self.stage = Stage()
         self.paired: dict[int, dict[str, dict[str, float]]] = {}
+        ctx.repeat = -1
+        rates = []
+        for _ in range(ctx.size(3, 1)):
+            draw = random.Random(f"dlpm {ctx.seed} flood")
+            flood = [(0.001 * number, FLOOD) for number in range(ctx.size(TRIED, QUICK_TRIED))]
+            alone = self._made(flood, draw, PREFIX, QUESTION, ANSWER, PREFIXES)
+            rates.append(len(alone) / self.stage.live(alone, self._setting("longest-prefix")).seconds)
+        self.rate = statistics.median(rates)
+        ctx.say(f"the machine does {self.rate:.1f} requests of the flooder a second")
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         shapes = (
-            *(PREFIX, QUESTION, ANSWER, PREFIXES, CACHE, FLOODED, EACH, QUIET_RATE, ENGINES, TENANTS, SENT, RATE),
+            *(PREFIX, QUESTION, ANSWER, PREFIXES, CACHE, FLOOD_TIMES, QUIET_SHARE, ENGINES, TENANTS, SENT, RATE),
             *(WORKER_CACHE, ASKED, ASKED_RATE),
         )
         return {"model": self.stage.model.source.checksum().encode(), "shapes": repr(shapes).encode()}
@@ -191,10 +201,10 @@ class Dlpm(Experiment):
         """What the tenants send: the flooder all at once, the others at random times."""
         draw = random.Random(f"dlpm {ctx.seed} {ctx.repeat}")
         seconds = SECONDS if not ctx.quick else QUICK_SECONDS
-        sent = [(0.001 * number, FLOOD) for number in range(ctx.size(FLOODED, QUICK_FLOODED))]
+        sent = [(0.001 * number, FLOOD) for number in range(round(FLOOD_TIMES * seconds * self.rate))]
         for tenant in QUIET:
             at = 0.3
-            while (at := at + draw.expovariate(QUIET_RATE)) < seconds:
+            while (at := at + draw.expovariate(QUIET_SHARE * self.rate)) < seconds:
                 sent.append((at, tenant))
         return self._made(sorted(sent), draw, PREFIX, QUESTION, ANSWER, PREFIXES)
 

@@ -1,9 +1,10 @@
 """How much of a step is for prompts: by a cost model, fixed, and by feedback (after Nexus, Shi et al., 2025).
 
 What the paper does between two parts of a GPU that run at once is done here inside one step; the parts wait for a
-device that has them. SmolLM2 live: long and short prompts beside decodes, at what the machine can just do. Arms: steps
-of 512 tokens whatever is in them (chunked prefill), steps of a fixed small size, a controller that lowers the step's
-tokens when decodes were late and raises them when they were early, and nexus. Simulated: the same on an A100's times.
+device that has them. SmolLM2 live: long and short prompts beside decodes, at LOAD of what the machine does of them when
+they are all there at once. Arms: steps of 512 tokens whatever is in them (chunked prefill), steps of a fixed small
+size, a controller that lowers the step's tokens when decodes were late and raises them when they were early, and nexus.
+Simulated: the same on an A100's times.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from millstream.sched.protocol import Budget, LoadView, Policy
 
 PROFILE = "vidur-a100-llama3-8b-tp1"
 MIXED, STATIC = 512, 96
-REQUESTS, QUICK_REQUESTS = 40, 14
-RATE = 5.0
+REQUESTS, QUICK_REQUESTS = 60, 14
+LOAD = 0.8
 SIM_REQUESTS, SIM_RATE = 400, 5.0
 SLACK = 4.0
 
@@ -157,9 +158,16 @@ class Nexus(Experiment):
         ctx.say("measuring how long steps take")
         self.stage.calibrate(repeats=3, thin=1 if not ctx.quick else 2)
         self.texts: dict[int, Mapping[int, tuple[int, ...]]] = {}
+        ctx.repeat = -1
+        rates = []
+        for _ in range(ctx.size(3, 1)):
+            calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), 1e6, 1.0)
+            rates.append(len(calls) / self._live("mixed", calls).seconds)
+        self.rate = LOAD * statistics.median(rates)
+        ctx.say(f"requests come at {self.rate:.1f} a second, {LOAD:g} of what the machine does")
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
-        shapes = (MIXED, STATIC, REQUESTS, RATE, SIM_REQUESTS, SIM_RATE, SLACK)
+        shapes = (MIXED, STATIC, REQUESTS, LOAD, SIM_REQUESTS, SIM_RATE, SLACK)
         return {"model": self.stage.model.source.checksum().encode(), "shapes": repr(shapes).encode()}
 
     def _calls(self, ctx: Context, count: int, rate: float, scale: float) -> list[Any]:
@@ -185,7 +193,7 @@ class Nexus(Experiment):
             )
         return calls
 
-    def _policies(self, name: str, limit_s: float) -> tuple[tuple[Any, ...], int]:
+    def _policies(self, name: str) -> tuple[tuple[Any, ...], int]:
         if name == "static":
             return (Choice("fcfs"),), STATIC
         if name == "nexus":
@@ -218,16 +226,21 @@ class Nexus(Experiment):
         where, _, name = arm.name.partition("-")
         if where == "sim":
             calls = self._calls(ctx, SIM_REQUESTS if not ctx.quick else 100, SIM_RATE, 4.0)
-            policies, tokens = self._policies(name, 0.0)
+            policies, tokens = self._policies(name)
             made = [Feedback(0.04)] if name == "feedback" else None
             return self._numbers(*self._run_sim(calls, Setting(policies, step_tokens=tokens), made))
-        calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), RATE, 1.0)
-        policies, tokens = self._policies(name, 0.0)
-        made = [Feedback(0.05)] if name == "feedback" else None
-        played = self.stage.live(calls, Setting(policies, step_tokens=tokens, prefix=Choice("none")), policies=made)
+        calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), self.rate, 1.0)
+        played = self._live(name, calls)
         reference = self.texts.setdefault(ctx.repeat, played.tokens)
         ctx.expect("live outputs are the same under every arm", played.tokens == reference, f"{len(calls)} requests")
         return self._numbers(played.served, played.policies)
+
+    def _live(self, name: str, calls: Sequence[Any]) -> Any:
+        from millstream.bench.stage import Setting
+
+        policies, tokens = self._policies(name)
+        made = [Feedback(0.05)] if name == "feedback" else None
+        return self.stage.live(calls, Setting(policies, step_tokens=tokens, prefix=Choice("none")), policies=made)
 
     def _run_sim(self, calls: Sequence[Any], setting: Any, made: Any) -> tuple[Any, Any]:
         from millstream.sched.stack import PolicyStack
