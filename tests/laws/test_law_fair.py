@@ -25,9 +25,9 @@ INPUT, OUTPUT = 1.0, 2.0
 class Shared:
     """An engine under a policy, and what each tenant has got of it."""
 
-    def __init__(self, policy, budget=8, num_blocks=64, seats=256, **given):
+    def __init__(self, policy, budget=8, num_blocks=64, seats=256, below="fcfs", **given):
         self.policy = policy
-        policies = (policy, "fcfs") if policy != "fcfs" else ("fcfs",)
+        policies = (policy, below) if policy != "fcfs" else ("fcfs",)
         self.bench = Bench(
             policies=policies,
             meters=(Choice("splitfuse", {"budget": budget}), Choice("seats", {"max_rows": seats}), "kv-blocks"),
@@ -73,13 +73,13 @@ class Shared:
 
 @pytest.mark.parametrize("plans", [1, 2])
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("policy", FAIR)
-def test_between_tenants_that_always_wait_service_differs_by_no_more_than_the_bound(policy, seed, plans):
+@pytest.mark.parametrize(("policy", "below"), [*((fair, "fcfs") for fair in FAIR), ("vtc", "shortest-remaining")])
+def test_between_tenants_that_always_wait_service_differs_by_no_more_than_the_bound(policy, below, seed, plans):
     draw = random.Random(seed)
     tenants = ["a", "b", "c"]
     # Each sends its own kind of work: long prompts, long outputs, both of any length.
     shapes = {"a": (30, 3), "b": (3, 20), "c": (draw.randint(1, 30), draw.randint(1, 20))}
-    shared = Shared(policy, num_blocks=draw.choice([14, 24]), seats=draw.choice([3, 256]), plans=plans)
+    shared = Shared(policy, num_blocks=draw.choice([14, 24]), seats=draw.choice([3, 256]), plans=plans, below=below)
     gaps: dict[tuple[str, str], list[float]] = {pair: [0.0] for pair in itertools.combinations(tenants, 2)}
     for _ in range(500):
         for tenant in tenants:

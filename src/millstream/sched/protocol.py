@@ -66,6 +66,16 @@ class LoadView:
         self.budget = Budget()
 
 
+class Ranking(Protocol):
+    """An order: what a policy that shares out among groups asks about the order inside of one."""
+
+    constant_rank: bool
+
+    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        """As `Policy.rank`; no two sequences have the same."""
+        ...
+
+
 class Policy(Protocol):
     """Who goes first. Every method must be a pure function of what it was shown, and cheap: it runs every step."""
 
@@ -80,6 +90,14 @@ class Policy(Protocol):
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
         """Smaller goes first. Must not change while nothing happens to the sequence, else work is thrown away."""
         ...
+
+    def atop(self, below: Ranking) -> None:
+        """Told once, before anything else, where others are stacked after it: how they rank.
+
+        Ranks concatenate, so that those of a policy which give each sequence a place of its own leave nothing to
+        decide; such a policy asks `below` who of a group goes first.
+        """
+        return
 
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
         """Asked for sequences that hold no place yet."""

@@ -15,13 +15,30 @@ _ADMIT = Verdict.ADMIT
 _log = logging.getLogger(__name__)
 
 
-class PolicyStack:
-    """A Policy made of policies, the most important first. Ties end by sequence id, so that an order is total."""
+class Order:
+    """How policies rank together, the most important first. Ties end by sequence id, so that an order is total."""
 
     def __init__(self, policies: Seq[Policy]) -> None:
         self.policies = tuple(policies)
-        self.preemptive = any(policy.preemptive for policy in self.policies)
         self.constant_rank = all(policy.constant_rank for policy in self.policies)
+
+    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        if len(self.policies) == 1:
+            return (*self.policies[0].rank(seq, view), seq.id)
+        ranks: tuple[float, ...] = ()
+        for policy in self.policies:
+            ranks += policy.rank(seq, view)
+        return (*ranks, seq.id)
+
+
+class PolicyStack(Order):
+    """A Policy made of policies, the most important first."""
+
+    def __init__(self, policies: Seq[Policy]) -> None:
+        super().__init__(policies)
+        self.preemptive = any(policy.preemptive for policy in self.policies)
+        for place, policy in enumerate(self.policies[:-1], start=1):
+            policy.atop(Order(self.policies[place:]))
         # Who has no opinion is not asked.
         self._admitting = [policy for policy in self.policies if type(policy).admit is not Policy.admit]
         self._budgeting = [policy for policy in self.policies if type(policy).budget is not Policy.budget]
@@ -32,14 +49,6 @@ class PolicyStack:
     def observes(self) -> bool:
         """Whether any policy hears of events."""
         return bool(self._observing)
-
-    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
-        if len(self.policies) == 1:
-            return (*self.policies[0].rank(seq, view), seq.id)
-        ranks: tuple[float, ...] = ()
-        for policy in self.policies:
-            ranks += policy.rank(seq, view)
-        return (*ranks, seq.id)
 
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
         for policy in self._admitting:

@@ -8,9 +8,9 @@ from millstream.core import registry
 from millstream.core.errors import ConfigError
 from millstream.core.events import Admitted, Computed, Emitted, Finished, Preempted, Prefilled, Submitted
 from millstream.core.registry import Choice
-from millstream.core.request import Request, SamplingParams, Tokens
+from millstream.core.request import Hints, Request, SamplingParams, Tokens
 from millstream.core.sequence import Finish, Sequence, Stamps, State
-from millstream.sched.protocol import LoadView
+from millstream.sched.protocol import LoadView, Policy
 from millstream.sched.stack import PolicyStack
 
 VIEW = LoadView(0.0, 10, 10, [], [])
@@ -19,15 +19,21 @@ VIEW = LoadView(0.0, 10, 10, [], [])
 class Told:
     """A policy, and sequences that go through their lives step by step as the engine would tell them."""
 
-    def __init__(self, **options):
+    def __init__(self, below=("fcfs",), **options):
         self.policy = registry.make("policy", Choice("vtc", options))
-        self.stack = PolicyStack([self.policy, registry.make("policy", "fcfs")])
+        self.stack = PolicyStack([self.policy, *(registry.make("policy", one) for one in below)])
         self.seqs: list[Sequence] = []
 
-    def submit(self, tenant, num_prompt=10, index=0, prior=0):
+    def submit(self, tenant, num_prompt=10, index=0, prior=0, score=None):
         seq = Sequence(
             id=len(self.seqs),
-            request=Request(len(self.seqs), (Tokens(tuple(range(num_prompt))),), SamplingParams(), tenant=tenant),
+            request=Request(
+                len(self.seqs),
+                (Tokens(tuple(range(num_prompt))),),
+                SamplingParams(),
+                tenant=tenant,
+                hints=Hints(score=score),
+            ),
             index=index,
             tokens=[*range(num_prompt), *[0] * prior],
             num_prompt=num_prompt,
@@ -108,6 +114,49 @@ def test_within_one_order_tenants_take_turns_by_what_their_prompts_will_cost():
         told.submit("b", 25)
     # a at 0, 10, 20, 30; b at 0, 25, 50: ties by arrival.
     assert told.order() == [0, 4, 1, 2, 5, 3, 6]
+
+
+def test_who_of_a_tenant_goes_first_is_left_to_the_policy_below():
+    told = Told(below=("ltr",))
+    for score in (1.0, 3.0, 2.0):
+        told.submit("a", 10, score=score)
+    for score in (0.0, 9.0):
+        told.submit("b", 25, score=score)
+    # a at 0, 10, 20 and b at 0, 25, whichever of theirs has which: the best score of both is b's.
+    assert told.order() == [4, 1, 2, 0, 3]
+    # What was begun stays at its place, and the others go on after it.
+    told.enter(told.seqs[1])
+    assert (told.at(told.seqs[2]), told.at(told.seqs[0])) == (10.0, 20.0)
+
+
+def test_an_order_below_that_changes_is_heard_in_the_next_step():
+    class Turning(Policy):
+        def rank(self, seq, view):
+            return (seq.arrival if view.now < 1.0 else -seq.arrival,)
+
+    told = Told()
+    told.stack = PolicyStack([told.policy, Turning()])
+    first, second = told.submit("a", 10), told.submit("a", 5)
+    assert (told.at(first), told.at(second)) == (0.0, 10.0)
+    later = LoadView(1.0, 10, 10, [], [])
+    assert [told.policy.rank(seq.view, later)[1] for seq in (first, second)] == [5.0, 0.0]
+
+
+def test_an_order_below_that_fails_for_one_of_a_tenant_fails_for_that_one():
+    class Picky(Policy):
+        def rank(self, seq, view):
+            if seq.num_prompt == 7:
+                raise ValueError("seven")
+            return (seq.arrival,)
+
+    told = Told()
+    told.stack = PolicyStack([told.policy, Picky()])
+    for length in (7, 10, 10):
+        told.submit("a", length)
+    assert [told.at(seq) for seq in told.seqs] == [20.0, 0.0, 10.0]
+    assert told.stack.rank(told.seqs[1].view, VIEW)[1] == 0.0
+    with pytest.raises(ValueError, match="seven"):
+        told.stack.rank(told.seqs[0].view, VIEW)
 
 
 def test_who_has_got_less_goes_first_whoever_came_first():

@@ -10,7 +10,8 @@ the requests of one tenant.
 What is charged. A prompt token when it is computed: where a prompt fits in one step, that is the paper's charge at
 admission; one that is cut over many steps keeps its place for `quantum` tokens and then gives way to whoever has got
 less. A request that waits behind others of its tenant ranks as it will when these have been charged: within one step
-as over many, tenants take turns. Tokens that a prefix cache held are free, as in DLPM: they take no computing. Nor is
+as over many, tenants take turns. Who of a tenant goes first is left to the policies that are stacked after this one.
+Tokens that a prefix cache held are free, as in DLPM: they take no computing. Nor is
 anything charged twice: what a preemption or a lost engine makes us compute again is our affair. Every output counts
 (n, beams), by the tokens that came, never by those that were asked for. A request that ends early has paid for what was
 computed of it.
@@ -21,16 +22,17 @@ U = max(input_weight * longest prompt, output_weight * tokens of the KV cache), 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from millstream.core.events import Admitted, Computed, Emitted, Event, Finished, Preempted, Submitted
 from millstream.core.registry import Card
 from millstream.core.sequence import SeqView, State
-from millstream.sched.protocol import LoadView, Policy
+from millstream.sched.protocol import LoadView, Policy, Ranking
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,10 @@ class Config:
 class _Tenant:
     """`prompts`: what is left to charge of the prompt of each of its sequences, in the order in which these came;
     `again`: sequences to be computed again. It wants service while there is any of either. `begun`: of a prompt that
-    was begun, the rank at which that was, and how much there was to charge then."""
+    was begun, the rank at which that was, and how much there was to charge then. `order`: of `prompts`, who goes first
+    by the policies below, as of `seen`; None when it has to be asked for."""
 
-    __slots__ = ("again", "begun", "counter", "live", "prompts", "ranks", "weight")
+    __slots__ = ("again", "begun", "counter", "live", "order", "prompts", "ranks", "seen", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -75,6 +78,8 @@ class _Tenant:
         self.begun: dict[int, tuple[float, int]] = {}
         self.again: set[int] = set()
         self.ranks: dict[int, float] | None = None  # of `prompts`, None when something has changed
+        self.order: list[int] | None = None
+        self.seen: LoadView | None = None
 
 
 class Vtc(Policy):
@@ -84,10 +89,17 @@ class Vtc(Policy):
         self._idle: OrderedDict[str, _Tenant] = OrderedDict()
         self._wanting: dict[str, _Tenant] = {}
         self._outputs: dict[int, int] = {}  # by sequence: tokens of its output that were charged
+        self._below: Ranking | None = None
+        self._views: dict[int, SeqView] = {}  # of those in `prompts` of any tenant
+        self._view: LoadView | None = None  # of the step that is being planned
         self._last: _Tenant | None = None  # the last one that wanted service
         self._served = 0.0  # the highest counter at which anybody was served: nobody comes in below
 
+    def atop(self, below: Ranking) -> None:
+        self._below = below
+
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        self._view = view
         tenant = self._tenants.get(seq.tenant)
         if tenant is None:
             return (1.0, self._floor())
@@ -136,12 +148,32 @@ class Vtc(Policy):
 
     def _ranks(self, tenant: _Tenant) -> dict[int, float]:
         """Of each sequence in `prompts`: the counter as it will be when those before it have been charged."""
+        below = self._below
+        if below is not None and not below.constant_rank and tenant.seen is not self._view:
+            tenant.ranks = tenant.order = None
         if tenant.ranks is None:
             tenant.ranks, at = {}, tenant.counter
-            for seq_id, tokens in tenant.prompts.items():
-                tenant.ranks[seq_id] = at
-                at += self._price(tenant, tokens)
+            for seq_id in self._order(tenant):
+                if (tokens := tenant.prompts.get(seq_id)) is not None:
+                    tenant.ranks[seq_id] = at
+                    at += self._price(tenant, tokens)
         return tenant.ranks
+
+    def _order(self, tenant: _Tenant) -> Iterable[int]:
+        """Prompts that were begun, then the others by the policies below, among them some that have gone."""
+        below, view = self._below, self._view
+        if below is None or view is None:
+            return tenant.prompts
+        if tenant.order is None:
+            places = {}
+            for seq_id in tenant.prompts:
+                try:
+                    places[seq_id] = below.rank(self._views[seq_id], view)
+                except Exception:
+                    # Its own turn to be ranked comes, and then it is the one that fails.
+                    places[seq_id] = (math.inf,)
+            tenant.order, tenant.seen = sorted(places, key=places.__getitem__), view
+        return itertools.chain(tenant.begun, [one for one in tenant.order if one not in tenant.begun])
 
     def _wants(self, seq: SeqView, tenant: _Tenant) -> None:
         if seq.tenant not in self._wanting:
@@ -158,7 +190,8 @@ class Vtc(Policy):
         tenant.live += 1
         # All but the first output of a request share the prompt that this one computes, up to its last token.
         tenant.prompts[seq.id] = seq.num_prompt if seq.index == 0 else 1
-        tenant.ranks = None
+        tenant.ranks = tenant.order = None
+        self._views[seq.id] = seq
         self._outputs[seq.id] = seq.num_output
 
     def _admitted(self, seq: SeqView, cached: int) -> None:
@@ -207,6 +240,7 @@ class Vtc(Policy):
     def _leave(self, seq: SeqView, tenant: _Tenant) -> None:
         if tenant.prompts.pop(seq.id, None) is not None:
             tenant.begun.pop(seq.id, None)
+            del self._views[seq.id]
             tenant.ranks = None
         tenant.again.discard(seq.id)
         if not tenant.prompts and not tenant.again and self._wanting.pop(seq.tenant, None) is not None:
