@@ -321,7 +321,13 @@ def _host_blocks(
     else:
         budget = parse_bytes(given, "cache.host_bytes")
     total = sum(blocks[name] * costs[name] for name in blocks)
-    return {name: int(count * min(1.0, budget / total)) for name, count in blocks.items()}
+    found = {name: int(count * min(1.0, budget / total)) for name, count in blocks.items()}
+    if config.sched.preemption == "swap" and not all(found.values()):
+        raise ConfigError(
+            f"sched.preemption is 'swap', but cache.host_bytes of {budget} bytes have no room for a block of each "
+            "group: raise them, leave them at 'auto', or take preemption 'recompute'"
+        )
+    return found
 
 
 def whole_blocks(spec: AnySpec, blocks: Mapping[str, int]) -> int:

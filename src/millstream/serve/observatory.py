@@ -53,13 +53,13 @@ class Call:
 
     __slots__ = (
         "_cached", "_finish", "_now", "_outputs", "_preemptions", "_prompts", "_queue_s", "_ttft_s", "_watcher",
-        "ended", "id", "label", "max_tokens", "model", "n", "operation", "reasoning_tokens", "route", "sampling",
-        "slo", "started_ns", "started_s", "stream", "tenant", "traceparent",
+        "ended", "id", "label", "max_tokens", "model", "n", "operation", "program", "reasoning_tokens", "route",
+        "sampling", "slo", "stage", "started_ns", "started_s", "stream", "tenant", "traceparent",
     )  # fmt: skip
 
     def __init__(self, watcher: Observatory, request_id: str, operation: str, route: str) -> None:
         self.id, self.operation, self.route = request_id, operation, route
-        self.label = self.tenant = self.model = self.traceparent = ""
+        self.label = self.tenant = self.model = self.traceparent = self.program = self.stage = ""
         self.stream, self.n, self.max_tokens = False, 1, None
         self.slo, self.sampling = Slo(), {}
         self.reasoning_tokens = 0
@@ -139,6 +139,8 @@ class Call:
             total_s=self._now() - self.started_s,
             label=self.label,
             tenant=self.tenant,
+            program=self.program,
+            stage=self.stage,
             model=self.model,
             stream=self.stream,
             finish=tuple(self._finish),

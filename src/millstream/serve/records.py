@@ -22,9 +22,10 @@ _log = logging.getLogger("millstream.serve.requests")
 class Record:
     """One request that has ended. Durations in seconds from its arrival, by the clock of the API process.
 
-    `id` is ours and `label` what the client called it. `operation` is the kind of call ("chat", "text_completion",
-    "embeddings", ...), `finish` why each output ended, `error` the code of an error, `shed` why it was turned away
-    ("queue_full", "draining", ...) where it was. `started_ns` is the wall clock, for logs and traces only.
+    `id` is ours and `label` what the client called it; `program` and `stage` are the workflow that it is part of and
+    the step of that, as it said. `operation` is the kind of call ("chat", "text_completion", "embeddings", ...),
+    `finish` why each output ended, `error` the code of an error, `shed` why it was turned away ("queue_full",
+    "draining", ...) where it was. `started_ns` is the wall clock, for logs and traces only.
     """
 
     id: str
@@ -34,6 +35,8 @@ class Record:
     total_s: float
     label: str = ""
     tenant: str = ""
+    program: str = ""
+    stage: str = ""
     model: str = ""
     stream: bool = False
     finish: tuple[str, ...] = ()
@@ -77,6 +80,8 @@ def log_line(record: Record) -> dict[str, Any]:
         "id": record.id,
         "label": record.label,
         "tenant": record.tenant,
+        "program": record.program,
+        "stage": record.stage,
         "model": record.model,
         "route": record.route,
         "status": record.status,

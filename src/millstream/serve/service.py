@@ -289,6 +289,9 @@ class Service:
         call: Call = request.state.call
         call.model, call.stream, call.slo, call.max_tokens = served.name, bool(ask.stream), slo, most
         call.n = params.n * len(parts)
+        if program is not None:
+            # As the client wrote it: the tenant is told beside it.
+            call.program, call.stage = program.id.rpartition("\x00")[2], program.stage
         call.sampling = {name: value for name in TRACED if (value := getattr(params, name)) is not None}
         return Job(caller, call, parts, slo, ask.priority or 0, salt_of(ask, caller.salt), program)
 

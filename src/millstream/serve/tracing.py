@@ -128,6 +128,10 @@ def attributes(record: Record) -> Iterator[tuple[str, Any]]:
     yield "http.response.status_code", record.status
     yield "http.route", record.route
     yield "millstream.tenant", record.tenant
+    if record.program:
+        yield "millstream.program", record.program
+    if record.stage:
+        yield "millstream.program.stage", record.stage
     yield "millstream.preemptions", record.preemptions
     if record.label:
         yield "millstream.request.label", record.label

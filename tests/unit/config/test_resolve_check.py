@@ -89,8 +89,9 @@ def test_a_small_budget_shortens_an_auto_context_and_refuses_a_given_one():
 def test_swap_gets_host_blocks():
     found = settle({"sched": {"preemption": "swap"}, "cache": {"blocks": 10, "block_size": 64}})
     assert found.host_blocks == {"full": 10}
-    none = settle({"sched": {"preemption": "swap"}, "cache": {"blocks": 10, "block_size": 64, "host_bytes": 0}})
-    assert none.host_blocks == {"full": 0}
+    for room in (0, 1000):
+        with pytest.raises(ConfigError, match=f"cache.host_bytes of {room} bytes have no room"):
+            settle({"sched": {"preemption": "swap"}, "cache": {"blocks": 10, "block_size": 64, "host_bytes": room}})
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,20 @@ def test_every_route_takes_it_by_field_and_by_header(
 
 
 @pytest.mark.parametrize("path", BODIES)
+def test_the_completion_line_names_it_as_the_client_did(
+    server: Any, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "millstream.serve.requests"):
+        assert server.post(path, {**BODIES[path], "program": PLACE}).status == 200
+        assert server.post(path, BODIES[path]).status == 200
+        until(lambda: len(caplog.records) == 2)
+    named, bare = (record.fields for record in caplog.records)  # type: ignore[attr-defined]
+    assert (named["tenant"], named["program"], named["stage"]) == ("alice", "walk", "plan")
+    # Answers that are kept are programs by themselves.
+    assert "stage" not in bare and ("program" in bare) == ("responses" in path)
+
+
+@pytest.mark.parametrize("path", BODIES)
 def test_every_route_takes_wishes_beside_it(server: Any, path: str) -> None:
     """The deadline of a workflow is the wish of its calls for the whole."""
     wishes = {"ttft_s": 1.0, "tpot_s": 0.5, "e2e_s": 30.0, "deadline_s": 60.0}

@@ -92,7 +92,7 @@ def served(url, **changes):
 
 
 def test_a_request_is_a_span_with_its_phases_inside(collector):
-    call = served(collector.url, sampling={"temperature": 0.5, "top_p": 0.9})
+    call = served(collector.url, sampling={"temperature": 0.5, "top_p": 0.9}, program="walk", stage="plan")
     assert collector.paths == [("/v1/traces", "application/x-protobuf")]
     spans = {span.name: span for span in collector.spans()}
     assert set(spans) == {"chat tiny", "queue", "prefill", "decode"}
@@ -107,6 +107,7 @@ def test_a_request_is_a_span_with_its_phases_inside(collector):
     assert told["gen_ai.request.temperature"] == 0.5 and told["gen_ai.request.max_tokens"] == 4
     assert told["gen_ai.latency.time_to_first_token"] == 2.0 and told["http.response.status_code"] == 200
     assert told["millstream.tenant"] == "acme"
+    assert (told["millstream.program"], told["millstream.program.stage"]) == ("walk", "plan")
     assert [event.name for event in root.events] == ["admitted", "prefill", "prefill"]
 
 
