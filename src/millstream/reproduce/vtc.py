@@ -135,6 +135,8 @@ class VirtualTokenCounter(Experiment):
             model=ModelConfig(weights="blocks"), cache=CacheConfig(prefix=Choice("none"), bytes="1GiB"), seed=0
         )
         self.model = assemble(MODEL, self.base, tune=True)
+        # Engines that take turns hold KV at the same time, so each has a runner of its own.
+        self.rival = assemble(MODEL, self.base, tune=True)
         self.ids = itertools.count(1)
         self.duels: dict[int, Mapping[str, float]] = {}
         self.pool = self.model.tokenizer.encode(data.text("wikitext2-test")[:200_000])
@@ -152,12 +154,12 @@ class VirtualTokenCounter(Experiment):
             "text": data.find("wikitext2-test"),
         }
 
-    def _engine(self, policy: str) -> Any:
+    def _engine(self, policy: str, model: Any = None) -> Any:
         from millstream.engine.assemble import build_engine
 
         policies = (Choice("fcfs"),) if policy == "fcfs" else (Choice(policy), Choice("fcfs"))
         config = replace(self.base, sched=replace(self.base.sched, policies=policies))
-        model = self.model
+        model = model or self.model
         return build_engine(model.built.runner, model.spec, model.tokenizer, config, model.resolved)
 
     def _request(self, draw: random.Random, tenant: str, prompt: tuple[int, int], arrival: float) -> Request:
@@ -178,7 +180,7 @@ class VirtualTokenCounter(Experiment):
         limit: float | None = None,
     ) -> Run:
         """Both tenants (or one) on one engine for so many seconds; `limit` is the most requests a second of each."""
-        traffic = _Traffic(self, policy, seconds, seed, victim, aggressor, limit)
+        traffic = _Traffic(self._request, self._engine(policy), seconds, seed, victim, aggressor, limit)
         start = time.perf_counter()
         while (now := time.perf_counter() - start) < seconds:
             if not traffic.go(now):
@@ -191,7 +193,14 @@ class VirtualTokenCounter(Experiment):
         The machine's own speed drifts by more than is asked about here; in turns both have the same share of it. The
         time of each goes on in its own turns only.
         """
-        traffics = {name: _Traffic(self, name, self._seconds(ctx), ctx.seed + 100 + ctx.repeat) for name in DUEL}
+        models = [self.model, self.rival]
+        if ctx.repeat % 2:
+            models.reverse()
+        seed = ctx.seed + 100 + ctx.repeat
+        traffics = {
+            name: _Traffic(self._request, self._engine(name, model), self._seconds(ctx), seed)
+            for name, model in zip(DUEL, models, strict=True)
+        }
         spent = dict.fromkeys(DUEL, 0.0)
         order = list(DUEL)
         while min(spent.values()) < self._seconds(ctx):
@@ -309,15 +318,15 @@ class _Traffic:
 
     def __init__(
         self,
-        stage: VirtualTokenCounter,
-        policy: str,
+        make: Callable[[random.Random, str, tuple[int, int], float], Request],
+        engine: Any,
         seconds: float,
         seed: int,
         victim: bool = True,
         aggressor: bool = True,
         limit: float | None = None,
     ) -> None:
-        self.stage, self.engine, self.run, self.closed = stage, stage._engine(policy), Run(), False
+        self.make, self.engine, self.run, self.closed = make, engine, Run(), False
         self.began = 0.0
         # The victim's requests are the same in all arms of a repeat.
         self.own, self.other = random.Random(seed), random.Random(seed + 1)
@@ -340,7 +349,7 @@ class _Traffic:
         return bool(self.engine.busy and self.engine.step())
 
     def _send(self, tenant: str, prompt: tuple[int, int], draw: random.Random, at: float) -> None:
-        request = self.stage._request(draw, tenant, prompt, self.offset + at)
+        request = self.make(draw, tenant, prompt, self.offset + at)
         self.started[request.id] = Sent(at)
         self.run.sent[tenant].append(self.started[request.id])
         self.engine.submit(request, self._sink)
