@@ -4,7 +4,7 @@ What the paper does between two parts of a GPU that run at once is done here ins
 device that has them. SmolLM2 live: long and short prompts beside decodes, at LOAD of what the machine does of them when
 they are all there at once. Arms: steps of 512 tokens whatever is in them (chunked prefill), steps of a fixed small
 size, a controller that lowers the step's tokens when decodes were late and raises them when they were early, and nexus.
-Simulated: the same on an A100's times.
+Simulated: the same on ENGINES engines of an A100's published times, behind the least loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PROFILE = "vidur-a100-llama3-8b-tp1"
 MIXED, STATIC = 512, 96
 REQUESTS, QUICK_REQUESTS = 60, 14
 LOAD = 0.8
-SIM_REQUESTS, SIM_RATE = 400, 5.0
+ENGINES, SIM_REQUESTS, SIM_RATE = 4, 1200, 20.0
 SLACK = 4.0
 
 
@@ -67,7 +67,7 @@ class Nexus(Experiment):
     paper = 57
     title = "How much of a step is for prompts"
     arms = tuple(
-        Arm(f"{where}-{name}", f"{'live' if where == 'live' else 'simulated'}: {text}", uses)
+        Arm(f"{where}-{name}", f"{'live' if where == 'live' else f'{ENGINES} simulated engines'}: {text}", uses)
         for where in ("live", "sim")
         for name, text, uses in (
             ("mixed", f"steps of {MIXED} tokens", ()),
@@ -86,7 +86,7 @@ class Nexus(Experiment):
             "higher",
             "tokens of prompts and outputs, from the first arrival to the last end",
         ),
-        Metric("switches", "", "lower", "times at which another split was adopted"),
+        Metric("switches", "", "lower", "times at which another split was adopted, on all engines"),
     )
     claim = Claim(
         "up to 2.2 times the throughput, 20 times the TTFT and 2.5 times the time between tokens of an engine that "
@@ -167,7 +167,7 @@ class Nexus(Experiment):
         ctx.say(f"requests come at {self.rate:.1f} a second, {LOAD:g} of what the machine does")
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
-        shapes = (MIXED, STATIC, REQUESTS, LOAD, SIM_REQUESTS, SIM_RATE, SLACK)
+        shapes = (MIXED, STATIC, REQUESTS, LOAD, ENGINES, SIM_REQUESTS, SIM_RATE, SLACK)
         return {"model": self.stage.model.source.checksum().encode(), "shapes": repr(shapes).encode()}
 
     def _calls(self, ctx: Context, count: int, rate: float, scale: float) -> list[Any]:
@@ -225,10 +225,9 @@ class Nexus(Experiment):
 
         where, _, name = arm.name.partition("-")
         if where == "sim":
-            calls = self._calls(ctx, SIM_REQUESTS if not ctx.quick else 100, SIM_RATE, 4.0)
+            calls = self._calls(ctx, ctx.size(SIM_REQUESTS, 200), SIM_RATE, 4.0)
             policies, tokens = self._policies(name)
-            made = [Feedback(0.04)] if name == "feedback" else None
-            return self._numbers(*self._run_sim(calls, Setting(policies, step_tokens=tokens), made))
+            return self._numbers(*self._run_sim(calls, Setting(policies, step_tokens=tokens), name == "feedback"))
         calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), self.rate, 1.0)
         played = self._live(name, calls)
         reference = self.texts.setdefault(ctx.repeat, played.tokens)
@@ -242,19 +241,22 @@ class Nexus(Experiment):
         made = [Feedback(0.05)] if name == "feedback" else None
         return self.stage.live(calls, Setting(policies, step_tokens=tokens, prefix=Choice("none")), policies=made)
 
-    def _run_sim(self, calls: Sequence[Any], setting: Any, made: Any) -> tuple[Any, Any]:
+    def _run_sim(self, calls: Sequence[Any], setting: Any, feedback: bool) -> tuple[Any, Any]:
+        from millstream.core import registry
         from millstream.sched.stack import PolicyStack
         from millstream.sim.replica import EngineSetting
         from millstream.sim.simulate import Simulation
 
         meters = setting.meters(self.profile.step_tokens)
-        simulation = Simulation(
-            calls, [("engine", self.profile)], EngineSetting(setting.policies, meters, Choice("none"))
-        )
-        scheduler = simulation.replicas[0].engine.scheduler
-        if made is not None:
-            scheduler.policy = PolicyStack(made)
-        return simulation.run().served, scheduler.policy.policies
+        engines = [(f"engine {place}", self.profile) for place in range(ENGINES)]
+        engine_setting = EngineSetting(setting.policies, meters, Choice("none"))
+        simulation = Simulation(calls, engines, engine_setting, registry.make("router", "least-work"))
+        schedulers = [replica.engine.scheduler for replica in simulation.replicas]
+        if feedback:
+            for scheduler in schedulers:
+                scheduler.policy = PolicyStack([Feedback(0.04)])
+        served = simulation.run().served
+        return served, [scheduler.policy.policies[0] for scheduler in schedulers]
 
     @staticmethod
     def _numbers(served: Sequence[Any], policies: Sequence[Any]) -> dict[str, float]:
@@ -267,8 +269,8 @@ class Nexus(Experiment):
             "ttft_mean_s": statistics.fmean(one.times_s[0] - one.arrival_s for one in served),
             "tokens_per_s": sum(one.call.num_prompt + len(one.times_s) for one in served) / seconds,
         }
-        switches = getattr(policies[0], "switches", None)
-        return found if switches is None else found | {"switches": float(switches)}
+        switches = [policy.switches for policy in policies if hasattr(policy, "switches")]
+        return found | ({"switches": float(sum(switches))} if switches else {})
 
 
 class _Row:

@@ -7,6 +7,9 @@ fcfs, under a rate limit of half the machine a tenant (the paper's RPM, here as 
 machine does in the same run), and under vtc. The engine runs for a fixed time; what waits then is given up, and a first
 token that did not come by then counts as coming at that moment. The throughputs of fcfs and vtc are measured with their
 engines taking turns, so that what else the machine does falls on both.
+
+Simulated: ENGINES engines of an A100's published step times behind turns. GUESTS tenants send SIM_SHARE of what all of
+them do each, and one sends FLOOD_TIMES of that for SIM_SECONDS, all of which is served in the end.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from millstream.reproduce.protocol import (
     Of,
     Required,
 )
+from millstream.sim.metrics import percentile
+from millstream.sim.workload import Call
 
 MODEL = "smollm2-135m"
 VICTIM, AGGRESSOR = "victim", "aggressor"
@@ -46,6 +51,9 @@ MOST_WAITING = 256
 SECONDS, QUICK_SECONDS = 9.0, 3.5
 # Arms whose throughputs are compared to within some percent: their engines take turns of so many seconds.
 DUEL, TURN_S = ("fcfs", "vtc"), 0.3
+PROFILE, ENGINES, GUESTS = "vidur-a100-llama3-8b-tp1", 4, 4
+SIM_SHARE, FLOOD_TIMES, SIM_SECONDS, QUICK_SIM_SECONDS = 0.02, 3.0, 15.0, 4.0
+SIM_PROMPTS, SIM_OUTPUT = {VICTIM: (1024, 2048), AGGRESSOR: (128, 512)}, (64, 192)
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 # Of the policy's own time: a step with as many waiting and as many running.
 WAITING, RUNNING = 256, 64
@@ -74,6 +82,9 @@ class VirtualTokenCounter(Experiment):
         Arm("fcfs", "both, first come, first served", ("policy:fcfs",)),
         Arm("rate-limit", "both, first come, first served, each tenant at most half the machine", ("policy:fcfs",)),
         Arm("vtc", "both, by the virtual token counter", ("policy:vtc",)),
+        Arm("sim-solo", f"{ENGINES} simulated engines, the guests alone", ("policy:fcfs",)),
+        Arm("sim-fcfs", f"{ENGINES} simulated engines, all, first come, first served", ("policy:fcfs",)),
+        Arm("sim-vtc", f"{ENGINES} simulated engines, all, by the virtual token counter", ("policy:vtc",)),
     )
     metrics = (
         Metric("victim_ttft_p99_s", "s", "lower", "99th percentile of the victim's times to the first token"),
@@ -119,17 +130,37 @@ class VirtualTokenCounter(Experiment):
             how="paired",
         ),
         Required("every request of the victim is served", Of("vtc", "victim_served"), at_least=100.0),
+        Required(
+            f"{ENGINES} simulated engines: the guests' p99 TTFT at most twice its value alone",
+            Of("sim-vtc", "victim_ttft_p99_s"),
+            Of("sim-solo", "victim_ttft_p99_s"),
+            at_most=2.0,
+        ),
+        Required(
+            f"{ENGINES} simulated engines: under fcfs at least 4 times",
+            Of("sim-fcfs", "victim_ttft_p99_s"),
+            Of("sim-solo", "victim_ttft_p99_s"),
+            at_least=4.0,
+        ),
+        Required(
+            f"{ENGINES} simulated engines: total throughput within 3 % of fcfs",
+            Of("sim-vtc", "tokens_per_s"),
+            Of("sim-fcfs", "tokens_per_s"),
+            at_least=0.97,
+        ),
         Required("the policy takes under 2 ms of a step", Of("vtc", "policy_us"), at_most=2000.0),
     )
     # The correctness check has used every kernel by then.
     warmup = 0
     seconds = 300.0
-    sources = ("millstream.sched.scheduler", "millstream.sched.stack")
+    sources = ("millstream.sched.scheduler", "millstream.sched.stack", "millstream.sim.simulate")
 
     def open(self, ctx: Context) -> None:
         from millstream.bench import data
         from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
         from millstream.engine.assemble import assemble
+        from millstream.sched import profiles
+        from millstream.sim.published import PUBLISHED
 
         self.base = EngineConfig(
             model=ModelConfig(weights="blocks"), cache=CacheConfig(prefix=Choice("none"), bytes="1GiB"), seed=0
@@ -140,6 +171,10 @@ class VirtualTokenCounter(Experiment):
         self.ids = itertools.count(1)
         self.duels: dict[int, Mapping[str, float]] = {}
         self.pool = self.model.tokenizer.encode(data.text("wikitext2-test")[:200_000])
+        self.profile = profiles.load(PROFILE, PUBLISHED)
+        draw = random.Random(98)
+        flood = _calls([_sent(draw, 0.0, AGGRESSOR) for _ in range(ctx.size(600, 200))])
+        self.sim_rate = len(flood) / self._simulate(flood, "fcfs").duration_s
         alone = self._run(ctx, "fcfs", ctx.size(4, 2), 99, victim=False)
         self.half = len([one for one in alone.sent[AGGRESSOR] if one.first is not None]) / alone.seconds / 2
         ctx.say(f"the machine does {2 * self.half:.1f} requests of the aggressor a second; it sends {RATE * TIMES:.0f}")
@@ -147,7 +182,10 @@ class VirtualTokenCounter(Experiment):
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
         from millstream.bench import data
 
-        shapes = (VICTIM_PROMPT, AGGRESSOR_PROMPT, OUTPUT, RATE, TIMES, MOST_WAITING)
+        shapes = (
+            *(VICTIM_PROMPT, AGGRESSOR_PROMPT, OUTPUT, RATE, TIMES, MOST_WAITING, ENGINES, GUESTS, SIM_SHARE),
+            *(FLOOD_TIMES, SIM_SECONDS, SIM_PROMPTS, SIM_OUTPUT),
+        )
         return {
             "model": self.model.source.checksum().encode(),
             "shapes": repr(shapes).encode(),
@@ -288,6 +326,8 @@ class VirtualTokenCounter(Experiment):
         return max(differences) - min(differences), bound, sum(service.values())
 
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
+        if arm.name.startswith("sim-"):
+            return self._cluster(ctx, arm.name.removeprefix("sim-"))
         policy = "vtc" if arm.name == "vtc" else "fcfs"
         run = self._run(
             ctx,
@@ -311,6 +351,50 @@ class VirtualTokenCounter(Experiment):
             out["tokens_per_s"] = self.duels[ctx.repeat][arm.name]
             out["policy_us"] = _policy_us(self._engine(policy))
         return out
+
+    # -- the simulated cluster
+
+    def _cluster(self, ctx: Context, name: str) -> Mapping[str, float]:
+        seconds, sent = SIM_SECONDS if not ctx.quick else QUICK_SIM_SECONDS, []
+        rates = {f"{VICTIM}-{place}": SIM_SHARE for place in range(GUESTS)} | {AGGRESSOR: FLOOD_TIMES}
+        if name == "solo":
+            del rates[AGGRESSOR]
+        for tenant, share in rates.items():
+            draw, at = random.Random(f"vtc {ctx.seed} {ctx.repeat} {tenant}"), 0.0
+            while (at := at + draw.expovariate(share * self.sim_rate)) < seconds:
+                sent.append(_sent(draw, at, tenant))
+        calls = _calls(sorted(sent))
+        result = self._simulate(calls, "vtc" if name == "vtc" else "fcfs")
+        waits = [one.times_s[0] - one.arrival_s for one in result.served if one.call.tenant != AGGRESSOR]
+        whole = sum(len(one.times_s) == one.call.num_output for one in result.served)
+        ctx.expect(f"{name}: every simulated request has all its tokens", whole == len(calls))
+        return {
+            "victim_ttft_p99_s": percentile(sorted(waits), 99),
+            "victim_ttft_p50_s": statistics.median(waits),
+            "tokens_per_s": sum(call.num_prompt + call.num_output for call in calls) / result.duration_s,
+        }
+
+    def _simulate(self, calls: Sequence[Call], policy: str) -> Any:
+        from millstream.core import registry
+        from millstream.sim.replica import EngineSetting
+        from millstream.sim.simulate import Simulation
+
+        policies = (Choice("fcfs"),) if policy == "fcfs" else (Choice(policy), Choice("fcfs"))
+        engines = [(f"engine {place}", self.profile) for place in range(ENGINES)]
+        router = registry.make("router", Choice("round-robin"))
+        return Simulation(calls, engines, EngineSetting(policies, prefix=Choice("none")), router).run()
+
+
+def _sent(draw: random.Random, at: float, tenant: str) -> tuple[float, str, int, int]:
+    """When, by whom, tokens of the prompt and of the output."""
+    return at, tenant, draw.randint(*SIM_PROMPTS[tenant.partition("-")[0]]), draw.randint(*SIM_OUTPUT)
+
+
+def _calls(sent: Sequence[tuple[float, str, int, int]]) -> list[Call]:
+    return [
+        Call(number, at, tuple(range(number << 20, (number << 20) + prompt)), output, tenant)
+        for number, (at, tenant, prompt, output) in enumerate(sent, start=1)
+    ]
 
 
 class _Traffic:
