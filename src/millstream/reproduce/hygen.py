@@ -7,6 +7,10 @@ bisection in the simulator, whose steps were calibrated just before, and shorten
 of that on traffic of other seeds. Arms: online alone; both without control; offline work at the largest fixed rate that
 keeps the limit; HyGen; HyGen with offline work first come, first served; and HyGen with a model of step times that
 always says the same.
+
+Simulated: the same on engines of an A100's published step times behind prefix affinity, with longer texts; the step
+time and the fixed rate are sought there too, on traffic of another seed. What was offline when the online requests end
+counts as far as it got by then.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +37,34 @@ from millstream.reproduce.protocol import (
     Required,
 )
 from millstream.sched.protocol import StepCost
+from millstream.sim.workload import Call
 
-SECONDS, QUICK_SECONDS = 12.0, 4.0
-# Online: requests a second outside of bursts and in them, tokens of prompts and outputs.
-RATE, BURST, EVERY_S, FOR_S = 1.5, 6.0, 3.0, 0.6
-PROMPT, OUTPUT = (16, 96), (12, 32)
-# Offline: documents, questions on each, tokens of a document, of a question and of an answer.
-DOCUMENTS, QUESTIONS, DOCUMENT, QUESTION, ANSWER = 30, 6, 320, (8, 32), (8, 24)
-STEP_TOKENS, SEATS, CACHE = 512, 48, 8192
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """Traffic, and engines to serve it. Online: requests a second outside of bursts and in them, tokens of prompts and
+    outputs. Offline: documents, questions on each, tokens of a document, of a question and of an answer."""
+
+    engines: int
+    seconds: float
+    quick_seconds: float
+    rate: float
+    burst: float
+    prompt: tuple[int, int]
+    output: tuple[int, int]
+    documents: int
+    questions: int
+    document: int
+    question: tuple[int, int]
+    answer: tuple[int, int]
+    seats: int
+
+
+EVERY_S, FOR_S = 3.0, 0.6
+HERE = Ground(1, 12.0, 4.0, 1.5, 6.0, (16, 96), (12, 32), 30, 6, 320, (8, 32), (8, 24), 48)
+PROFILE = "vidur-a100-llama3-8b-tp1"
+CLUSTER = Ground(4, 20.0, 6.0, 8.0, 32.0, (64, 512), (32, 128), 300, 6, 2048, (16, 64), (16, 64), 128)
+STEP_TOKENS, CACHE = 512, 8192
 MARGINS = {"hygen": 0.2, "hygen-half": 0.5}
 # What is found must keep the limit with this much of it to spare, since a 99th percentile varies from run to run.
 SPARE, TRIES = 0.08, 5
@@ -75,6 +100,15 @@ class Hygen(Experiment):
             "constant",
             "hygen by a model of step times that always says the same",
             ("policy:hygen", "meter:latency-budget"),
+        ),
+        *(
+            Arm(f"sim-{name}", f"{CLUSTER.engines} simulated engines: {told}", uses)
+            for name, told, uses in (
+                ("online", "online requests alone", ()),
+                ("unrestricted", "both, online first", ("policy:hygen",)),
+                ("fixed-rate", "offline work at the largest fixed rate that keeps the limit", ("policy:hygen",)),
+                ("hygen", "within a fifth more", ("policy:hygen", "meter:latency-budget")),
+            )
         ),
     )
     metrics = (
@@ -126,6 +160,24 @@ class Hygen(Experiment):
             Of("fixed-rate", "offline_tokens_per_s"),
             at_least=1.5,
         ),
+        Required(
+            f"{CLUSTER.engines} simulated engines: at most a fifth more than without offline work",
+            Of("sim-hygen", "tbt_p99_s"),
+            Of("sim-online", "tbt_p99_s"),
+            at_most=1 + MARGINS["hygen"],
+        ),
+        Required(
+            f"{CLUSTER.engines} simulated engines: without control the limit is broken",
+            Of("sim-unrestricted", "tbt_p99_s"),
+            Of("sim-online", "tbt_p99_s"),
+            at_least=1 + MARGINS["hygen"],
+        ),
+        Required(
+            f"{CLUSTER.engines} simulated engines: offline work at least 1.5 times that of a fixed rate",
+            Of("sim-hygen", "offline_tokens_per_s"),
+            Of("sim-fixed-rate", "offline_tokens_per_s"),
+            at_least=1.5,
+        ),
         Required("the model of step times is off by less than 5 %", Of("hygen", "step_error"), at_most=5.0),
         Required(
             "shared prefixes are found more often than first come first served",
@@ -136,74 +188,100 @@ class Hygen(Experiment):
     )
     warmup = 0
     seconds = 800.0
-    sources = ("millstream.sched.scheduler", "millstream.engine.calibrate", "millstream.bench.stage")
+    sources = (
+        "millstream.sched.scheduler",
+        "millstream.engine.calibrate",
+        "millstream.bench.stage",
+        "millstream.sim.simulate",
+    )
 
     def open(self, ctx: Context) -> None:
         from millstream.bench.stage import Stage
+        from millstream.sched import profiles
+        from millstream.sim.published import PUBLISHED
 
         self.stage = Stage()
+        self.gpu = profiles.load(PROFILE, PUBLISHED)
         ctx.repeat = 0
         ctx.say("measuring how long steps take")
         self.stage.calibrate(repeats=6 if not ctx.quick else 3, thin=1 if not ctx.quick else 2)
         self.base = self._live(ctx, self._setting(None), None)
         ctx.say(f"online alone: {1000 * self.base:.1f} ms between tokens at the 99th percentile")
         self.steps = {name: self._find_step(ctx, self.base * (1 + more)) for name, more in MARGINS.items()}
-        self.rate = self._find_rate(ctx, self.base * (1 + MARGINS["hygen"]))
+        self.chunk, self.rate = self._find_rate(ctx, HERE, self.base * (1 + MARGINS["hygen"]))
         found = " and ".join(f"{1000 * one:.1f}" for one in self.steps.values())
         ctx.say(f"steps of {found} ms; {self.rate:.2f} offline requests a second")
+        limit = (1 + MARGINS["hygen"]) * self._simulated(ctx, CLUSTER, self._setting(None, CLUSTER), [])
+        self.sim_chunk, self.sim_rate = self._find_rate(ctx, CLUSTER, limit)
+        self.sim_step = self._largest_step(ctx, CLUSTER, (1 - SPARE) * limit)
+        ctx.say(
+            f"{CLUSTER.engines} simulated engines: at most {1000 * limit:.1f} ms between tokens; steps of "
+            f"{1000 * self.sim_step:.1f} ms; {self.sim_rate:.2f} offline requests a second"
+        )
         self.texts: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
-        shapes = (RATE, BURST, PROMPT, OUTPUT, DOCUMENTS, QUESTIONS, DOCUMENT, QUESTION, ANSWER, STEP_TOKENS, CACHE)
+        shapes = (HERE, CLUSTER, STEP_TOKENS, CACHE)
         return {"model": self.stage.model.source.checksum().encode(), "shapes": repr(shapes).encode()}
 
     # -- traffic
 
-    def _online(self, ctx: Context, seed: int) -> list[Any]:
-        from millstream.sim.workload import Call
+    @staticmethod
+    def _seconds(ctx: Context, ground: Ground) -> float:
+        return ground.quick_seconds if ctx.quick else ground.seconds
 
-        draw, at, calls = random.Random(f"hygen online {seed}"), 0.0, []
-        seconds = QUICK_SECONDS if ctx.quick else SECONDS
+    def _online(self, ctx: Context, seed: int, ground: Ground = HERE) -> list[Call]:
+        draw, at = random.Random(f"hygen online {seed}"), 0.0
+        calls: list[Call] = []
         while True:
-            rate = BURST if at % EVERY_S < FOR_S else RATE
+            rate = ground.burst if at % EVERY_S < FOR_S else ground.rate
             at += draw.expovariate(rate)
-            if at >= seconds:
+            if at >= self._seconds(ctx, ground):
                 return calls
             number = len(calls) + 1
             own = (1 << 38) + ((seed * 1000 + number) << 20)
-            prompt = tuple(range(own, own + draw.randint(*PROMPT)))
-            calls.append(Call(number, at, prompt, draw.randint(*OUTPUT), "online"))
+            prompt = tuple(range(own, own + draw.randint(*ground.prompt)))
+            calls.append(Call(number, at, prompt, draw.randint(*ground.output), "online"))
 
-    def _offline(self, seed: int, rate: float | None = None) -> list[Any]:
+    def _offline(self, seed: int, rate: float | None = None, ground: Ground = HERE) -> list[Call]:
         """All there at once, questions on documents in random order; or one after the other at a rate."""
-        from millstream.sim.workload import Call
-
         draw = random.Random(f"hygen offline {seed}")
-        asked = [document for document in range(DOCUMENTS) for _ in range(QUESTIONS)]
+        asked = [document for document in range(ground.documents) for _ in range(ground.questions)]
         draw.shuffle(asked)
         calls = []
         for place, document in enumerate(asked):
-            text = (1 << 37) + ((seed * 100 + document) << 20)
-            own = (1 << 38) + ((130_000 + seed * 1000 + place) << 20)
-            prompt = (*range(text, text + DOCUMENT), *range(own, own + draw.randint(*QUESTION)))
+            text = (1 << 37) + ((seed * 1000 + document) << 20)
+            own = (1 << 39) + ((seed * 10_000 + place) << 20)
+            prompt = (*range(text, text + ground.document), *range(own, own + draw.randint(*ground.question)))
             at = 0.0 if rate is None else (place + 0.5) / rate
-            calls.append(Call(100_000 + place, at, prompt, draw.randint(*ANSWER), "offline", priority=OFFLINE))
+            answer = draw.randint(*ground.answer)
+            calls.append(Call(100_000 + place, at, prompt, answer, "offline", priority=OFFLINE))
         return calls
 
-    def _setting(self, step_s: float | None, order: str = "prefix", step_tokens: int = STEP_TOKENS) -> Any:
+    def _setting(
+        self, step_s: float | None, ground: Ground = HERE, order: str = "prefix", step_tokens: int = STEP_TOKENS
+    ) -> Any:
         from millstream.bench.stage import Setting
 
         extra = () if step_s is None else (Choice("latency-budget", {"step_s": step_s}),)
         policies = (Choice("hygen", {"order": order}), Choice("fcfs"))
-        blocks = CACHE // self.stage.model.resolved.block_size
-        return Setting(policies, seats=SEATS, step_tokens=step_tokens, blocks=blocks, extra=extra)
+        blocks = CACHE // self.stage.model.resolved.block_size if ground is HERE else None
+        return Setting(policies, seats=ground.seats, step_tokens=step_tokens, blocks=blocks, extra=extra)
 
     # -- what the simulator is asked beforehand
 
-    def _simulated(self, ctx: Context, setting: Any, offline: Sequence[Any]) -> float:
+    def _simulate(self, ground: Ground, setting: Any, calls: Sequence[Call]) -> Sequence[Any]:
+        from millstream.core import registry
+
+        calls = sorted(calls, key=lambda call: (call.at_s, call.id))
+        if ground is HERE:
+            return self.stage.simulate(calls, setting).served
+        router = registry.make("router", Choice("prefix-affinity"))
+        return self.stage.simulate(calls, setting, replicas=ground.engines, router=router, profile=self.gpu).served
+
+    def _simulated(self, ctx: Context, ground: Ground, setting: Any, offline: Sequence[Call]) -> float:
         """Seconds between online tokens, 99th percentile, on traffic that no arm is measured on."""
-        calls = sorted([*self._online(ctx, 95), *offline], key=lambda call: (call.at_s, call.id))
-        return self._numbers(self.stage.simulate(calls, setting).served)["tbt_p99_s"]
+        return self._numbers(self._simulate(ground, setting, [*self._online(ctx, 95, ground), *offline]))["tbt_p99_s"]
 
     def _live(self, ctx: Context, setting: Any, rate: float | None, offline: bool = False) -> float:
         """The same live: the median of three runs."""
@@ -211,16 +289,22 @@ class Hygen(Experiment):
         for seed in (90, 91, 92):
             others = self._offline(seed, rate) if offline else []
             calls = sorted([*self._online(ctx, seed), *others], key=lambda call: (call.at_s, call.id))
-            seconds = (QUICK_SECONDS if ctx.quick else SECONDS) + 1.0
+            seconds = self._seconds(ctx, HERE) + 1.0
             found.append(self._numbers(self.stage.live(calls, setting, deadline_s=seconds).served)["tbt_p99_s"])
         return statistics.median(found)
 
-    def _find_step(self, ctx: Context, limit: float) -> float:
-        """As in the paper: by bisection over a model, then by what the machine does."""
+    def _largest_step(self, ctx: Context, ground: Ground, limit: float) -> float:
+        """Seconds of a step that keep the limit in the simulator, by bisection."""
         from millstream.sim.report import largest
 
-        offline = self._offline(95)
-        step_s = largest(lambda step_s: self._simulated(ctx, self._setting(step_s), offline) <= limit, 0.05)
+        offline = self._offline(95, ground=ground)
+        return largest(
+            lambda step_s: self._simulated(ctx, ground, self._setting(step_s, ground), offline) <= limit, 0.05
+        )
+
+    def _find_step(self, ctx: Context, limit: float) -> float:
+        """As in the paper: by bisection over a model, then by what the machine does."""
+        step_s = self._largest_step(ctx, HERE, limit)
         for _ in range(TRIES):
             step_s = max(0.002, step_s)
             found = self._live(ctx, self._setting(step_s), None, offline=True)
@@ -230,17 +314,22 @@ class Hygen(Experiment):
             step_s *= max(0.6, (1 - 1.5 * SPARE) * limit / found)
         return step_s
 
-    def _find_rate(self, ctx: Context, limit: float) -> float:
+    def _find_rate(self, ctx: Context, ground: Ground, limit: float) -> tuple[int, float]:
+        """Tokens of a step, and offline requests a second, that keep the limit without a model of times."""
         from millstream.sim.report import largest
 
-        # Without a model of times a fixed rate needs chunks that are small enough by themselves.
-        assert self.stage.profile is not None
-        cost, tokens = self.stage.profile.step_cost(), 8
+        # Chunks have to be small enough by themselves.
+        profile = self.gpu if ground is CLUSTER else self.stage.profile
+        assert profile is not None
+        cost, tokens = profile.step_cost(), 8
         while tokens < STEP_TOKENS and cost.seconds(StepShape(1, tokens, tokens * 200, 2, 200, 0, 3)) < limit:
             tokens += 8
-        self.chunk = tokens
-        setting = self._setting(None, step_tokens=tokens)
-        return max(0.05, largest(lambda rate: self._simulated(ctx, setting, self._offline(95, rate)) <= limit, 1.0))
+        setting = self._setting(None, ground, step_tokens=tokens)
+
+        def keeps(rate: float) -> bool:
+            return self._simulated(ctx, ground, setting, self._offline(95, rate, ground)) <= limit
+
+        return tokens, max(0.05, largest(keeps, 1.0))
 
     # -- runs
 
@@ -264,6 +353,8 @@ class Hygen(Experiment):
 
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
         seed = 10 * ctx.seed + ctx.repeat
+        if arm.name.startswith("sim-"):
+            return self._cluster(ctx, arm.name.removeprefix("sim-"), seed)
         online = self._online(ctx, seed)
         rate = self.rate if arm.name == "fixed-rate" else None
         offline = [] if arm.name == "online" else self._offline(seed, rate)
@@ -271,13 +362,13 @@ class Hygen(Experiment):
         controlled = arm.name in (*MARGINS, "no-prefixes", "constant")
         setting = self._setting(
             self.steps[kind] if controlled else None,
+            HERE,
             "fcfs" if arm.name == "no-prefixes" else "prefix",
             self.chunk if arm.name == "fixed-rate" else STEP_TOKENS,
         )
         cost = Always(0.5 * self.steps["hygen"]) if arm.name == "constant" else None
         calls = sorted([*online, *offline], key=lambda call: (call.at_s, call.id))
-        seconds = (QUICK_SECONDS if ctx.quick else SECONDS) + 1.0
-        played = self.stage.live(calls, setting, deadline_s=seconds, cost=cost)
+        played = self.stage.live(calls, setting, deadline_s=self._seconds(ctx, HERE) + 1.0, cost=cost)
         for call in online:
             key, tokens = (seed, call.id), played.tokens.get(call.id, ())
             if len(tokens) == call.num_output:
@@ -298,6 +389,28 @@ class Hygen(Experiment):
             "tokens_per_s": (offline_tokens + online_tokens) / played.seconds,
             "hits": 100 * sum(one.cached for one in answered) / max(1, prompt),
             "step_error": 100 * self.stage.error,
+        }
+
+    def _cluster(self, ctx: Context, name: str, seed: int) -> Mapping[str, float]:
+        online, offline = self._online(ctx, seed, CLUSTER), []
+        if name != "online":
+            offline = self._offline(seed, self.sim_rate if name == "fixed-rate" else None, CLUSTER)
+        tokens = self.sim_chunk if name == "fixed-rate" else STEP_TOKENS
+        setting = self._setting(self.sim_step if name == "hygen" else None, CLUSTER, step_tokens=tokens)
+        served, until = self._simulate(CLUSTER, setting, [*online, *offline]), self._seconds(ctx, CLUSTER)
+        begun = [one for one in served if one.times_s and one.times_s[0] <= until]
+        done = {
+            kind: sum(
+                one.call.num_prompt + sum(at <= until for at in one.times_s) for one in begun if one.call.tenant == kind
+            )
+            for kind in ("online", "offline")
+        }
+        own = [one for one in begun if one.call.tenant == "offline"]
+        prompt = sum(one.call.num_prompt for one in own)
+        return self._numbers(served) | {
+            "offline_tokens_per_s": done["offline"] / until,
+            "tokens_per_s": sum(done.values()) / until,
+            "hits": 100 * sum(one.cached for one in own) / max(1, prompt),
         }
 
     @staticmethod
