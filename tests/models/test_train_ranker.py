@@ -34,6 +34,9 @@ def test_a_ranker_is_trained_and_orders_requests(tmp_path, capsys):
     assert {"ranker", "prompt length", "regression", "buckets", "random", "shuffled labels"} == set(told["tau"])
     assert main(given) == 0
     assert json.loads(capsys.readouterr().out)["answers"] == 0, "what was measured is not generated again"
+    assert main([*given, "--trunk-epochs", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "heads only" in told["tau"] and len(told["trunk"]["tau"]) == 2
 
     sched = SchedConfig(policies=(Choice("ltr"), Choice("fcfs")), lengths=Choice("ranker", {"file": str(out)}))
     made = assemble(str(served), EngineConfig(sched=sched, cache=CacheConfig(bytes="256MiB")))

@@ -33,6 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cap", type=int, default=512, metavar="N", help="tokens of an answer at most (default 512)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="of the answers (default 1)")
     parser.add_argument("--top-p", type=float, default=0.9, metavar="X", help="of the answers (default 0.9)")
+    parser.add_argument(
+        "--trunk-epochs",
+        type=int,
+        metavar="N",
+        help="train the encoder that reads prompts as well, N times through them at most (0: only the heads on it, "
+        "the default)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -43,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.cap < 20 or (args.most is not None and args.most < 20):
         raise ConfigError(f"--cap and --most are at least 20, got {args.cap} and {args.most}")
+    epochs = ranking.TRUNK_EPOCHS if args.trunk_epochs is None else args.trunk_epochs
+    if epochs < 0:
+        raise ConfigError(f"--trunk-epochs is 0 or more, got {epochs}")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", args.model)
     out = args.out or home() / "lengths" / f"{name}.safetensors"
     kept = args.labels or home() / "labels" / f"{name}.jsonl"
@@ -69,8 +79,12 @@ def run(args: argparse.Namespace) -> int:
         answered_s = time.perf_counter() - started
         label_of = {label.prompt: label for label in answered}
         found = [[label_of[prompt] for prompt in part if prompt in label_of] for part in (learned, tested)]
-        with output.progress_bar(sum(map(len, found)), "prompts read", off=args.json) as advance:
-            model, _ = ranking.train(found[0], found[1], made.tokenizer, args.cap, served=args.model, progress=advance)
+        total, trained_s = ranking.progressed(*found, epochs), time.perf_counter()
+        with output.progress_bar(total, "prompts read", off=args.json) as advance:
+            model, _ = ranking.train(
+                *found, made.tokenizer, args.cap, served=args.model, trunk_epochs=epochs, progress=advance
+            )
+        trained_s = time.perf_counter() - trained_s
         model.save(out)
         made.engine.close()
     taus = model.told.get("tau", {})
@@ -81,9 +95,11 @@ def run(args: argparse.Namespace) -> int:
                 "labels": str(kept),
                 "answers": missing,
                 "answers_s": answered_s,
+                "trained_s": trained_s,
                 "train": len(found[0]),
                 "held_out": len(found[1]),
                 "tau": taus,
+                **({"trunk": model.told["trunk"]} if epochs else {}),
             }
         )
         return 0
@@ -99,6 +115,12 @@ def run(args: argparse.Namespace) -> int:
         [(name, f"{tau:.3f}") for name, tau in taus.items()],
         right=(1,),
     )
+    if epochs:
+        chosen = model.told["trunk"]
+        print(
+            f"trunk: epoch {chosen['epoch']} of {epochs} (0: as it is) orders best what was set aside to choose by "
+            f"({', '.join(chosen['aside'])}): " + ", ".join(f"{tau:.3f}" for tau in chosen["tau"])
+        )
     print(f"millstream serve {args.model} --set sched.lengths.name=ranker --set sched.lengths.file={out} \\")
     print("    --set 'sched.policies=[\"ltr\"]'")
     return 0

@@ -37,10 +37,14 @@ class _Layer:
 
 
 class Encoder:
-    """`tensors` are those of `spec.tensors()`, in `dtype`."""
+    """`tensors` are those of `spec.tensors()`, in `dtype`.
+
+    Gradients of `forward` and `vectors` reach them if they ask for some, where it was built and runs under
+    `table.use("ref")`: native products know of none.
+    """
 
     def __init__(self, spec: EncoderSpec, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        self.spec, self.dtype = spec, dtype
+        self.spec, self.dtype, self.tensors = spec, dtype, tensors
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._embed, self._positions = tensors["embed.weight"], tensors["positions.weight"]
         self._types = tensors.get("types.weight")

@@ -121,8 +121,13 @@ class LoadedEncoder:
     report: LoadReport
 
 
-def load_encoder(source: ModelSource, dtype: str = "float32") -> LoadedEncoder:
-    """Loads an encoder whole. Raises as `load_model`, and Unsupported for a model that is none."""
+def load_encoder(
+    source: ModelSource, dtype: str = "float32", changed: Mapping[str, torch.Tensor] | None = None
+) -> LoadedEncoder:
+    """Loads an encoder whole. `changed` are tensors, by the names of its spec, in the place of the checkpoint's own.
+
+    Raises as `load_model`, and Unsupported for a model that is none.
+    """
     report = LoadReport()
     dtype_bytes(dtype)
     start = time.perf_counter()
@@ -132,7 +137,7 @@ def load_encoder(source: ModelSource, dtype: str = "float32") -> LoadedEncoder:
         raise Unsupported(f"{source.id} is a model of the family {spec.family!r}, which is no encoder")
     ready, report.copied_bytes = prepare(source, family, spec, load_tensors(source, getattr(torch, dtype)))
     report.phases["weights"] = time.perf_counter() - start
-    encoder = build_encoder(spec, ready, dtype)
+    encoder = build_encoder(spec, {**ready, **(changed or {})}, dtype)
     report.weight_bytes = encoder.weight_bytes
     report.phases["build"] = time.perf_counter() - start - report.phases["weights"]
     return LoadedEncoder(encoder, report)

@@ -10,14 +10,20 @@ Shapes: N prompts, V numbers of a vector, B buckets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from millstream.models.lengths import Heads
+from millstream.models.encoder import build_encoder
+from millstream.models.encoder_spec import EncoderSpec
+from millstream.models.lengths import Heads, Trunk, read
+from millstream.ops import table
 
 STEP = 10
 BUCKETS = 10
+# Of the heads, on vectors of length sqrt(V).
+HEADS_RATE, HEADS_DECAY = 3e-3, 1.0
 
 
 def listmle(scores: torch.Tensor, labels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
@@ -43,8 +49,8 @@ def fit(
     cap: int,
     *,
     epochs: int = 8,
-    rate: float = 3e-3,
-    decay: float = 1.0,
+    rate: float = HEADS_RATE,
+    decay: float = HEADS_DECAY,
     batch: int = 32,
     seed: int = 0,
     loss: Loss = listmle,
@@ -61,9 +67,7 @@ def fit(
     # Numbers of a vector of length 1 are small: on this scale one rate suits any width.
     scale = width**0.5
     inputs = vectors * scale
-    edge = -(-cap // BUCKETS)
-    places = ((lengths - 1).clamp(min=0) // edge).clamp(max=BUCKETS - 1)
-    labels = cap // STEP - lengths.clamp(max=cap) // STEP
+    labels, places = _labels(lengths, cap)
     if start is None:
         score, bias = torch.zeros(width), torch.zeros(())
         buckets, buckets_bias = torch.zeros(BUCKETS, width), torch.zeros(BUCKETS)
@@ -90,6 +94,103 @@ def fit(
     spread = scores.std().clamp(min=1e-6)
     found.score, found.score_bias = found.score / spread, (found.score_bias - scores.mean()) / spread
     return found
+
+
+def _labels(lengths: torch.Tensor, cap: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of lengths (N,) the labels of the order, larger is shorter, and the buckets; both (N,) int64."""
+    places = ((lengths - 1).clamp(min=0) // -(-cap // BUCKETS)).clamp(max=BUCKETS - 1)
+    return cap // STEP - lengths.clamp(max=cap) // STEP, places
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """After an epoch: the weights that changed, in float32 by the names of `EncoderSpec.tensors()`, the heads that were
+    trained with them, and the loss of a batch, mean over the epoch."""
+
+    changed: dict[str, torch.Tensor]
+    heads: Heads
+    loss: float
+
+
+def trained(spec: EncoderSpec, layers: int) -> list[str]:
+    """The tensors that `tune` changes: those of the last `layers` layers.
+
+    Never the tables of tokens and positions, which are half of all weights: a word that no prompt to learn from has
+    would stay where it was, while those around it move.
+    """
+    first = max(0, spec.num_layers - layers)
+    own = tuple(f"layers.{index}." for index in range(first, spec.num_layers))
+    return [tensor.name for tensor in spec.tensors() if tensor.name.startswith(own)]
+
+
+def tune(
+    trunk: Trunk,
+    texts: Sequence[Sequence[int]],
+    lengths: torch.Tensor,
+    cap: int,
+    start: Heads,
+    *,
+    epochs: int,
+    layers: int = 6,
+    rate: float = 2e-5,
+    decay: float = 0.01,
+    batch: int = 32,
+    seed: int = 0,
+    loss: Loss = listmle,
+    progress: Callable[[], None] | None = None,
+) -> Iterator[Tuned]:
+    """Trains the last `layers` layers of the trunk together with heads that begin as `start`; yields after each epoch.
+
+    Learning to Rank (section 4.1) trains its predictor whole: Adam at 2e-5, weight decay 0.01, a batch of 32 prompts as
+    one list, 5 epochs. Heads that fit the trunk as it is come first, so that what they lack at the beginning does not
+    pull at weights that are good already (Kumar et al., ICLR 2022, section 3).
+
+    `texts` are the tokens (`Trunk.ids`) of N prompts, `lengths` (N,) the tokens of their answers, of at most `cap`.
+    `trunk` and `start` stay as they are. `progress` hears of each prompt. The same seed gives the same weights on the
+    same machine. While an epoch runs, the whole process computes with reference ops. Raises ValueError for fewer than
+    two prompts.
+    """
+    if len(texts) < 2 or len(texts) != len(lengths):
+        raise ValueError(f"at least two prompts with a length each, got {len(texts)} and {len(lengths)}")
+    draw = torch.Generator().manual_seed(seed)
+    held, spec = trunk.weights(), trunk.encoder.spec
+    leaves = {name: held[name].clone().requires_grad_() for name in trained(spec, layers)}
+    labels, places = _labels(lengths, cap)
+    scale = len(start.score) ** 0.5
+    heads = [
+        one.clone().requires_grad_()
+        for one in (start.score / scale, start.score_bias, start.buckets / scale, start.buckets_bias)
+    ]
+    score, bias, buckets, buckets_bias = heads
+    adam = torch.optim.AdamW(
+        [{"params": list(leaves.values())}, {"params": heads, "lr": HEADS_RATE, "weight_decay": HEADS_DECAY}],
+        lr=rate,
+        weight_decay=decay,
+    )
+    for _ in range(epochs):
+        losses = []
+        # Not around the loop: whoever takes what is yielded goes on with the ops that it had.
+        with table.use("ref"), torch.enable_grad():
+            encoder = build_encoder(spec, {**held, **leaves})
+            for rows in torch.randperm(len(texts), generator=draw).split(batch):
+                if len(rows) < 2:
+                    continue
+                x = scale * read(encoder, [texts[row] for row in rows.tolist()])
+                ranked = loss(x @ score + bias, labels[rows], draw)
+                classed = torch.nn.functional.cross_entropy(x @ buckets.T + buckets_bias, places[rows])
+                adam.zero_grad()
+                (ranked + classed).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+                losses.append(float((ranked + classed).detach()))
+                if progress is not None:
+                    for _ in rows:
+                        progress()
+        score_now, bias_now, buckets_now, buckets_bias_now = (one.detach().clone() for one in heads)
+        yield Tuned(
+            {name: leaf.detach().clone() for name, leaf in leaves.items()},
+            Heads(score_now * scale, bias_now, buckets_now * scale, buckets_bias_now, cap),
+            sum(losses) / len(losses),
+        )
 
 
 def kendall(one: torch.Tensor, other: torch.Tensor) -> float:

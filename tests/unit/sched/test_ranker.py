@@ -20,8 +20,8 @@ WIDTH = 8
 class Trunk:
     """A text of the number n becomes the n-th direction."""
 
-    def __init__(self, name):
-        self.name = name
+    def __init__(self, name, changed):
+        self.name, self.changed = name, changed
         self.read = []
 
     def vectors(self, texts):

@@ -54,7 +54,7 @@ class Ranker(LengthPredictor):
         self._text = text
         self._torch: Any = importlib.import_module("torch")
         self.model = importlib.import_module(MODEL).load(Path(config.file).expanduser())
-        self._trunk = importlib.import_module(MODEL).Trunk(self.model.trunk)
+        self._trunk = importlib.import_module(MODEL).Trunk(self.model.trunk, self.model.changed)
         self.heads = self.model.heads
         self._open: dict[int, Any] = {}  # of requests under way: the vector
         self._new: list[tuple[Any, int]] = []
