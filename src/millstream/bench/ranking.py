@@ -38,8 +38,8 @@ TEST: Mapping[str, int] = {
     "lambada": 60,
 }
 MOST_CHARS = 2000
-# Measured, docs/lengths.md.
-TRUNK_EPOCHS = 0
+# Measured (docs/lengths.md); and so many prompts at least to choose among them by, fewer say more of chance.
+TRUNK_EPOCHS, LEAST_ASIDE = 3, 20
 BATCH = 16
 
 
@@ -120,7 +120,7 @@ def train(
     most the trunk is trained too: of these epochs and of the trunk as it is that one is taken which orders best what
     was set `aside` of the labels; `held_out` has no say. "heads only" is then the order by the trunk as it is.
     `shuffled` trains on lengths of other prompts, from which nothing is to be learned. `progress` hears of a prompt
-    `progressed` times. Raises ValueError for fewer than two labels, ConfigError for epochs that cannot be.
+    `progressed` times. Raises ValueError for fewer than two labels, ConfigError for negative epochs.
     """
     import torch
 
@@ -173,15 +173,18 @@ def _tuned(
 ) -> Any:
     """Trains the trunk, and gives the model the best of what that made; returns the trunk to read with from now on.
 
-    `told` of the model says by "trunk" which epoch that was (0: the trunk as it is), and the tau of each.
+    `told` of the model says by "trunk" which epoch that was (0: the trunk as it is), and the tau of each; of none where
+    what is set aside is less than LEAST_ASIDE.
     """
     from millstream.models.lengths import Seen, Trunk
     from millstream.train.lengths import fit, kendall, tune
 
     lengths, apart = model.seen.lengths, aside(labels, seed)
     kept = sorted(set(range(len(labels))) - set(apart))
-    if len(apart) < 2 or len(kept) < 2:
-        raise ConfigError(f"{len(labels)} answers are too few to train a trunk on some and to choose by others")
+    families = sorted({labels[place].prompt.family for place in apart})
+    if len(apart) < LEAST_ASIDE:
+        model.told = {"trunk": {"epoch": 0, "tau": [], "aside": families}}
+        return trunk
     ids = [trunk.ids(model.bare(tokenizer.decode(labels[place].ids))) for place in kept]
 
     def worth(rows: Any, heads: Any) -> float:
@@ -201,6 +204,5 @@ def _tuned(
     if best:
         # Now also on what was set aside.
         model.heads = fit(model.seen.vectors, lengths, cap, seed=seed)
-    families = sorted({labels[place].prompt.family for place in apart})
     model.told = {"trunk": {"epoch": best, "tau": taus, "aside": families}}
     return found

@@ -37,8 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--trunk-epochs",
         type=int,
         metavar="N",
-        help="train the encoder that reads prompts as well, N times through them at most (0: only the heads on it, "
-        "the default)",
+        help="train the encoder that reads prompts too, N times through them at most (default 3; 0: only heads on it)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -117,10 +116,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if epochs:
         chosen = model.told["trunk"]
-        print(
-            f"trunk: epoch {chosen['epoch']} of {epochs} (0: as it is) orders best what was set aside to choose by "
-            f"({', '.join(chosen['aside'])}): " + ", ".join(f"{tau:.3f}" for tau in chosen["tau"])
-        )
+        if chosen["tau"]:
+            by = ", ".join(f"{tau:.3f}" for tau in chosen["tau"])
+            print(
+                f"trunk: epoch {chosen['epoch']} of {epochs} is best on what was set aside (tau from epoch 0 on: {by})"
+            )
+        else:
+            print("trunk: as it is, there are too few prompts to choose epochs by")
     print(f"millstream serve {args.model} --set sched.lengths.name=ranker --set sched.lengths.file={out} \\")
     print("    --set 'sched.policies=[\"ltr\"]'")
     return 0

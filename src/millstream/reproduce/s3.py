@@ -161,7 +161,8 @@ class S3(Experiment):
         learned, self.tested = answered(ranking.TRAIN), answered(TESTED)
         chats = answered({name: ranking.TEST[name] for name in CHATS_TESTED})
         ctx.say(f"learning from {len(learned)} answers")
-        model, _ = ranking.train(learned, (), made.tokenizer, CAP, served=MODEL, trunk=trunk)
+        # Heads alone: they are what is fitted anew as answers come in.
+        model, _ = ranking.train(learned, (), made.tokenizer, CAP, served=MODEL, trunk=trunk, trunk_epochs=0)
         self.file = ctx.scratch / "s3.safetensors"
         model.save(self.file)
         self.expected = self._lengths(model, trunk, self.tested, SURE)
@@ -210,7 +211,7 @@ class S3(Experiment):
 
         tokenizer = self.stage.model.tokenizer
         short = [label for label in learned if label.prompt.family in SHORT]
-        narrow, _ = ranking.train(short, (), tokenizer, CAP, served=MODEL, trunk=trunk)
+        narrow, _ = ranking.train(short, (), tokenizer, CAP, served=MODEL, trunk=trunk, trunk_epochs=0)
         file = ctx.scratch / "narrow.safetensors"
         narrow.save(file)
         before = self._accuracy(narrow, trunk, chats)

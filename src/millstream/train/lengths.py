@@ -104,11 +104,10 @@ def _labels(lengths: torch.Tensor, cap: int) -> tuple[torch.Tensor, torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """After an epoch: the weights that changed, in float32 by the names of `EncoderSpec.tensors()`, the heads that were
-    trained with them, and the loss of a batch, mean over the epoch."""
+    """After an epoch: the weights that changed, in float32 by the names of `EncoderSpec.tensors()`, and the loss of a
+    batch, mean over the epoch."""
 
     changed: dict[str, torch.Tensor]
-    heads: Heads
     loss: float
 
 
@@ -141,9 +140,9 @@ def tune(
 ) -> Iterator[Tuned]:
     """Trains the last `layers` layers of the trunk together with heads that begin as `start`; yields after each epoch.
 
-    Learning to Rank (section 4.1) trains its predictor whole: Adam at 2e-5, weight decay 0.01, a batch of 32 prompts as
-    one list, 5 epochs. Heads that fit the trunk as it is come first, so that what they lack at the beginning does not
-    pull at weights that are good already (Kumar et al., ICLR 2022, section 3).
+    Learning to Rank trains its predictor whole: Adam at 2e-5, weight decay 0.01, a batch of 32 prompts as one list, 5
+    epochs. Heads that fit the trunk as it is come first, so that what they lack at the beginning does not pull at
+    weights that are good already (Fine-Tuning can Distort Pretrained Features, Kumar et al., ICLR 2022).
 
     `texts` are the tokens (`Trunk.ids`) of N prompts, `lengths` (N,) the tokens of their answers, of at most `cap`.
     `trunk` and `start` stay as they are. `progress` hears of each prompt. The same seed gives the same weights on the
@@ -185,12 +184,7 @@ def tune(
                 if progress is not None:
                     for _ in rows:
                         progress()
-        score_now, bias_now, buckets_now, buckets_bias_now = (one.detach().clone() for one in heads)
-        yield Tuned(
-            {name: leaf.detach().clone() for name, leaf in leaves.items()},
-            Heads(score_now * scale, bias_now, buckets_now * scale, buckets_bias_now, cap),
-            sum(losses) / len(losses),
-        )
+        yield Tuned({name: leaf.detach().clone() for name, leaf in leaves.items()}, sum(losses) / len(losses))
 
 
 def kendall(one: torch.Tensor, other: torch.Tensor) -> float:
