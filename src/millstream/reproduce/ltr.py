@@ -128,7 +128,7 @@ class Ltr(Experiment):
         Required("and none where lengths of other prompts were learned", Of("shuffled", "tau"), at_most=0.15),
     )
     warmup = 0
-    seconds = 900.0
+    seconds = 1340.0
     quick_seconds = 240.0
     sources = (
         "millstream.sched.scheduler",
