@@ -101,7 +101,8 @@ PAPERS: tuple[Paper, ...] = (
         "intel-gpu",
         "Intel GPU: fusion and segment KV",
         "Efficient LLM inference solution on Intel GPU",
-        "ops/attention",
+        "memory, models, ops",
+        built_in="`decode=beam`; forks and fused ops are on by default",
     ),
     Paper(
         5,
