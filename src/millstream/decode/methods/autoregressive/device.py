@@ -68,8 +68,11 @@ class Autoregressive:
                 tokens[draw.row] = token
         logprobs: list[TokenLogprobs | None] = [None] * len(asks)
         if raw is not None:
-            for place, row in enumerate(asked):
-                logprobs[row] = token_logprobs(raw[place], tokens[row], asks[row].top_logprobs or 0)
+            records = token_logprobs(
+                raw, [tokens[row] for row in asked], [asks[row].top_logprobs or 0 for row in asked]
+            )
+            for row, record in zip(asked, records, strict=True):
+                logprobs[row] = record
         return tokens, logprobs, faults
 
     @staticmethod
@@ -79,17 +82,28 @@ class Autoregressive:
             logits[row] = 0.0
 
 
-def token_logprobs(logprobs: torch.Tensor, token: int, top: int) -> TokenLogprobs:
-    """The record of one choice from `logprobs` (V,): the token's own, and the `top` likeliest."""
-    own = logprobs[token]
-    chosen = Logprob(token, float(own), int((logprobs > own).sum()) + 1)
-    if top == 0:
-        return TokenLogprobs(chosen)
-    values, ids = torch.topk(logprobs, min(top, logprobs.shape[0]))
-    best = tuple(
-        Logprob(i, v, rank) for rank, (i, v) in enumerate(zip(ids.tolist(), values.tolist(), strict=True), start=1)
-    )
-    return TokenLogprobs(chosen, best)
+def token_logprobs(logprobs: torch.Tensor, tokens: Seq[int], tops: Seq[int]) -> list[TokenLogprobs]:
+    """The records of choices from `logprobs` (R, V): of each row its token's own, and its `tops` likeliest.
+
+    Rows that ask for equally many are taken together, and told what each is told alone.
+    """
+    own = logprobs.gather(1, torch.tensor(tokens)[:, None])
+    found: dict[int, TokenLogprobs] = {}
+    for top in dict.fromkeys(tops):
+        rows = [row for row, asked in enumerate(tops) if asked == top]
+        part, mine = (logprobs, own) if len(rows) == len(tops) else (logprobs[rows], own[rows])
+        values, ids = torch.topk(part, min(top, part.shape[1]))
+        ranks = (values > mine).sum(-1) + 1
+        # Whoever is likelier than one of the likeliest is one of these too; for others the whole row is counted.
+        beyond = mine[:, 0] < values[:, -1] if top else torch.ones(len(rows), dtype=torch.bool)
+        if bool(beyond.any()):
+            ranks[beyond] = (part[beyond] > mine[beyond]).sum(-1) + 1
+        told = zip(rows, mine[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist(), strict=True)
+        for row, value, rank, best, best_ids in told:
+            chosen = Logprob(tokens[row], value, rank)
+            likeliest = (Logprob(i, v, nth) for nth, (i, v) in enumerate(zip(best_ids, best, strict=True), start=1))
+            found[row] = TokenLogprobs(chosen, tuple(likeliest))
+    return [found[row] for row in range(len(tops))]
 
 
 def _draw(row: int, ask: SampleAsk) -> Draw:
