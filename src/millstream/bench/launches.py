@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from millstream.ops.cpu import build
 
-# They give memory and compute nothing.
-_MEMORY = frozenset({"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty"})
+# They give memory, or are views that do not say so, and compute nothing.
+_NOTHING = frozenset(
+    {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::_unsafe_view"}
+)
 # What a kernel's library answers about itself.
 _ASIDE = ("_abi", "_scratch")
 
@@ -55,7 +57,7 @@ class _Counting(TorchDispatchMode):
             return made
         aliases = [given.alias_info for given in func._schema.returns if given.alias_info is not None]
         is_view = any(not alias.is_write for alias in aliases)
-        self.found.ops += not is_view and func._schema.name not in _MEMORY
+        self.found.ops += not is_view and func._schema.name not in _NOTHING
         return func(*args, **kwargs)
 
 
