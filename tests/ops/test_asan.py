@@ -20,7 +20,7 @@ import attention_steps
 from millstream.core import registry
 from millstream.formats.kv import _coded
 from millstream.formats.kv.plain import device
-from millstream.ops.cpu import blocks, channel, fpx, kv_write, kv_write_codes, linear
+from millstream.ops.cpu import blocks, channel, elementwise, fpx, kv_write, kv_write_codes, linear
 from millstream.ops import cases
 from millstream.ops.cases.attention import CASES
 from millstream.ops.cpu import build

@@ -8,6 +8,7 @@ import torch
 from millstream.ops import cases, table
 from millstream.ops.cpu import blocks as _blocks  # noqa: F401 - registers
 from millstream.ops.cpu import channel as _channel  # noqa: F401 - registers
+from millstream.ops.cpu import elementwise as _elementwise  # noqa: F401 - registers
 from millstream.ops.cpu import fpx as _fpx  # noqa: F401 - registers
 from millstream.ops.cpu import fused as _fused  # noqa: F401 - registers
 from millstream.ops.cpu import kv_write as _kv_write  # noqa: F401 - registers
@@ -229,3 +230,42 @@ def test_the_native_product_of_whole_rows_refuses_what_does_not_fit_together():
     ):
         with pytest.raises(ValueError, match=r"outputs|x 96|x 64"):
             native(*args)
+
+
+def _native(name):
+    found = TABLES[name].op.implementations["cpu"]
+    refusal = found.accepts(table.Ask("cpu", torch.float32))
+    if refusal is not None:
+        pytest.skip(refusal.reason)
+    return found.function
+
+
+@pytest.mark.parametrize("width", [64, 77])
+def test_what_is_done_to_a_row_has_the_same_bits_in_any_company(width):
+    generator = torch.Generator().manual_seed(width)
+    # Enough for several threads, and strided as parts of one product are.
+    whole = torch.randn(1500, 3 * width, generator=generator)
+    x, other = whole[:, :width], whole[:, width : 2 * width]
+    heads, weight = whole.view(1500, 3, width)[:, 1:], torch.randn(width, generator=generator)
+    cos, sin = torch.randn(1500, 16, generator=generator), torch.randn(1500, 16, generator=generator)
+    calls = {
+        "silu_mul": lambda run, rows: run(x[rows], other[rows]),
+        "apply_rope": lambda run, rows: run(heads[rows], cos[rows], sin[rows]),
+        "rms_norm": lambda run, rows: run(heads[rows], weight, 1e-6),
+    }
+    for name, call in calls.items():
+        run = _native(name)
+        together = call(run, slice(None))
+        torch.testing.assert_close(together, call(TABLES[name].op.reference, slice(None)), atol=5e-6, rtol=2e-6)
+        for rows in (slice(0, 1), slice(700, 705), slice(3, 1499)):
+            assert torch.equal(call(run, rows), together[rows])
+
+
+def test_what_is_not_finite_stays_so_in_what_is_done_to_rows():
+    bad = torch.ones(2, 40)
+    bad[0, 3], bad[0, 39], bad[1, 38] = torch.nan, torch.inf, torch.nan
+    gated = _native("silu_mul")(bad, torch.ones(2, 40))
+    assert gated.isnan().nonzero().tolist() == [[0, 3], [1, 38]] and gated[0, 39] == torch.inf
+    assert bool(_native("rms_norm")(bad, torch.ones(40), 1e-6)[:, 0].isnan().all())
+    turned = _native("apply_rope")(bad[:, None], torch.ones(2, 20), torch.zeros(2, 20))
+    assert bool(turned[0, 0, 3].isnan()) and bool(turned[1, 0, 38].isnan())

@@ -79,17 +79,25 @@ class Modules:
         self._layers = [_Layer(layer, place) for place, layer in enumerate(decoder.layers)]
         (self._head,) = _products(decoder.lm_head, (decoder.spec.vocab_size,))
 
-    @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, start: int, cache: Concatenated) -> torch.Tensor:
         """tokens (N, T) at positions `start` on, after what the cache holds -> logits (N, V) of the last ones."""
+        return self.logits(self.run(tokens, start, cache)[:, -1])
+
+    @torch.inference_mode()
+    def run(self, tokens: torch.Tensor, start: int, cache: Concatenated) -> torch.Tensor:
+        """The same as far as the residual stream behind the last layer, (N, T, C)."""
         rows, count = tokens.shape
         x = self.decoder.embed(tokens.reshape(-1))
         positions = torch.arange(start, start + count)
         angles: dict[Rotary, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in self._layers:
             x = layer(x, rows, positions, angles, cache)
-        last = x.view(rows, count, -1)[:, -1]
-        logits = self._head(self.decoder.norm(last))
+        return x.view(rows, count, -1)
+
+    @torch.inference_mode()
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Some rows of the residual stream (rows, C) -> logits (rows, V)."""
+        logits = self._head(self.decoder.norm(x))
         cap = self.decoder.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -97,6 +105,17 @@ class Modules:
         """The logits (1, V) behind a prompt, and its cache of one row."""
         cache = Concatenated()
         return self.forward(torch.tensor([ids]), 0, cache), cache
+
+    @torch.inference_mode()
+    def score(self, logits: torch.Tensor, prompt: Concatenated, outputs: Sequence[Sequence[int]]) -> list[float]:
+        """The summed logprob of each output behind a prompt (as `prompt` gives it). Outputs are of one length."""
+        tokens = torch.tensor(outputs)
+        start = prompt.layers[0][0].shape[2]
+        x = self.run(tokens[:, :-1], start, prompt.expanded(len(outputs)))
+        behind = self.logits(x.flatten(0, 1)).view(*tokens[:, 1:].shape, -1)
+        rows = torch.cat((logits.expand(len(outputs), -1)[:, None], behind), 1).log_softmax(-1)
+        summed: list[float] = rows.gather(2, tokens[..., None])[..., 0].sum(1).tolist()
+        return summed
 
 
 class _Layer:

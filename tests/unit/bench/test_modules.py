@@ -54,6 +54,15 @@ def test_beams_are_those_of_the_naive_search(family, width):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_outputs_are_those_that_their_search_summed(family):
+    modules, prompt = Modules(tiny_model.decoder(family)), text(11, 4)
+    logits, cache = modules.prompt(prompt)
+    found = beam_search(modules, logits, cache, 5, 8)
+    said = modules.score(logits, cache, [tokens for _, tokens in found.beams])
+    assert said == pytest.approx([score for score, _ in found.beams], abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_finds_the_same_beams_over_forks(family):
     decoder, prompt, width, new = tiny_model.decoder(family), text(37, 5), 6, 20
     modules = Modules(decoder)

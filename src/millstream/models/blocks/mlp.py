@@ -9,6 +9,7 @@ import torch
 
 from millstream.models.blocks.linear import Linear
 from millstream.models.spec import MlpSpec, MoeSpec
+from millstream.ops.cpu import elementwise as _native  # noqa: F401 - registers the native implementation
 from millstream.ops.ref.mlp import gelu_mul, gelu_tanh_mul, moe, silu_mul
 from millstream.ops.table import Ask
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from millstream.models.spec import LinearScaling, Llama3Scaling, RopeScaling, RopeSpec
+from millstream.ops.cpu import elementwise as _native  # noqa: F401 - registers the native implementation
 from millstream.ops.ref.rope import apply_rope, rope_frequencies, rope_table
 from millstream.ops.table import Ask
 
