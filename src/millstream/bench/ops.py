@@ -31,6 +31,7 @@ from millstream.models.decoder import Decoder
 from millstream.models.program import Program
 from millstream.models.spec import AttentionSpec
 from millstream.ops.attention.protocol import AttentionAsk
+from millstream.ops.cpu import elementwise as _elementwise  # noqa: F401 - registers
 from millstream.ops.cpu import linear as _linear  # noqa: F401 - registers
 from millstream.ops.cpu import sampling as _sampling  # noqa: F401 - registers
 from millstream.ops.cpu.ceilings import READ_BYTES, Ceilings, measure_ceilings
@@ -40,7 +41,9 @@ from millstream.ops.ref.channel import linear_channel
 from millstream.ops.ref.fpx import embedding_fpx, linear_fpx
 from millstream.ops.ref.kv import kv_write, kv_write4, kv_write8
 from millstream.ops.ref.linear import linear
+from millstream.ops.ref.mlp import silu_mul
 from millstream.ops.ref.norm import rms_norm
+from millstream.ops.ref.rope import apply_rope
 from millstream.ops.ref.sampling import Draw, sample_tokens
 from millstream.ops.table import REFERENCE, Op
 
@@ -222,6 +225,8 @@ def _ops(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> dict[str,
         "kv_write": lambda: _writes(decoder, shapes, source, "plain"),
         "sample_tokens": lambda: _draws(decoder, shapes, source),
         "rms_norm": lambda: _norms(decoder, shapes, source),
+        "apply_rope": lambda: _turns(decoder, shapes, source),
+        "silu_mul": lambda: _gates(decoder, shapes, source),
         "layers": lambda: _layers(decoder, shapes, source),
     }
 
@@ -475,6 +480,31 @@ def _norms(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterato
         yield Work(
             "rms_norm", f"{_words(tokens, 'token')} of {width}", arms, 8 * x.numel() + 4 * width, 0, refused=refused
         )
+
+
+def _turns(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterator[Work]:
+    """Queries and keys together, as they lie in the product before them."""
+    mixer = decoder.layers[0].spec.mixer
+    heads, half = mixer.heads + mixer.kv_heads, mixer.head_dim // 2
+    for tokens in shapes.tokens:
+        qkv = torch.randn(tokens, heads + mixer.kv_heads, mixer.head_dim, generator=source)
+        cos, sin = torch.randn(2, tokens, half, generator=source)
+        x = qkv[:, :heads]
+        arms, refused = _arms(apply_rope, [(x, cos, sin)])
+        words = f"{_words(tokens, 'token')}, {heads} heads of {mixer.head_dim}"
+        yield Work("apply_rope", words, arms, 8 * (x.numel() + cos.numel()), 0, refused=refused)
+
+
+def _gates(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterator[Work]:
+    """The halves of one product."""
+    inner = next((layer.mlp.spec.inner for layer in decoder.layers if layer.mlp is not None), None)
+    if inner is None:
+        return
+    for tokens in shapes.tokens:
+        gate, up = torch.randn(tokens, 2 * inner, generator=source).chunk(2, -1)
+        arms, refused = _arms(silu_mul, [(gate, up)])
+        words = f"{_words(tokens, 'token')} of {inner}"
+        yield Work("silu_mul", words, arms, 12 * tokens * inner, 0, refused=refused)
 
 
 def _layers(decoder: Decoder, shapes: Shapes, source: torch.Generator) -> Iterator[Work]:
