@@ -249,6 +249,8 @@ class IntelGpu(Experiment):
         "millstream.memory.blocks",
         "millstream.decode.methods.autoregressive.device",
         "millstream.models.program",
+        "millstream.ops.cpu.elementwise",
+        "millstream.ops.cpu/elementwise.cpp",
         "millstream.ops.attention._native",
         "millstream.ops.cpu/attention.h",
         "millstream.ops.cpu/paged_attention.cpp",
