@@ -2,10 +2,10 @@
 
 Live: SmolLM2 with a KV cache that holds some of the prefixes in use. Four tenants with prefixes of their own; one
 floods the engine at once with FLOOD_TIMES what the machine does of it in all the time, the others send now and then, a
-QUIET_SHARE of it each. The engine runs for a fixed time; what waits then is given up,
-and a first token that did not come by then counts as coming at that moment. Two worker processes of SmolLM2 behind
-routers, a core each. Simulated: eight engines of an A100's published step times behind routers, sixteen tenants of
-unlike rates, each with prefixes of its own.
+QUIET_SHARE of it each. The engine runs for a fixed time; what waits then is given up, and a first token that did not
+come by then counts as coming at that moment. Two worker processes of SmolLM2 behind routers, a core each. Simulated:
+eight engines of an A100's published step times behind routers, sixteen tenants of unlike rates, each with prefixes of
+its own.
 """
 
 from __future__ import annotations
@@ -181,13 +181,12 @@ class Dlpm(Experiment):
         self.stage = Stage()
         self.paired: dict[int, dict[str, dict[str, float]]] = {}
         ctx.repeat = -1
-        rates = []
-        for _ in range(ctx.size(3, 1)):
-            draw = random.Random(f"dlpm {ctx.seed} flood")
-            flood = [(0.001 * number, FLOOD) for number in range(ctx.size(TRIED, QUICK_TRIED))]
-            alone = self._made(flood, draw, PREFIX, QUESTION, ANSWER, PREFIXES)
-            rates.append(len(alone) / self.stage.live(alone, self._setting("longest-prefix")).seconds)
-        self.rate = statistics.median(rates)
+        draw = random.Random(f"dlpm {ctx.seed} flood")
+        flood = [(0.001 * number, FLOOD) for number in range(ctx.size(TRIED, QUICK_TRIED))]
+        alone = self._made(flood, draw, PREFIX, QUESTION, ANSWER, PREFIXES)
+        setting = self._setting("longest-prefix")
+        taken = [self.stage.live(alone, setting).seconds for _ in range(ctx.size(3, 1))]
+        self.rate = len(alone) / statistics.median(taken)
         ctx.say(f"the machine does {self.rate:.1f} requests of the flooder a second")
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:

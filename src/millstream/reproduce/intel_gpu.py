@@ -149,7 +149,7 @@ class IntelGpu(Experiment):
             "and the ratio grows with the beams",
             Of("concat", "growth_width"),
             Of("engine", "growth_width"),
-            at_least=1.0,
+            at_least=1.05,
             how="paired",
         ),
         Required(

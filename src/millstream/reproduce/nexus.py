@@ -159,11 +159,9 @@ class Nexus(Experiment):
         self.stage.calibrate(repeats=3, thin=1 if not ctx.quick else 2)
         self.texts: dict[int, Mapping[int, tuple[int, ...]]] = {}
         ctx.repeat = -1
-        rates = []
-        for _ in range(ctx.size(3, 1)):
-            calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), 1e6, 1.0)
-            rates.append(len(calls) / self._live("mixed", calls).seconds)
-        self.rate = LOAD * statistics.median(rates)
+        calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), 1e6, 1.0)
+        taken = [self._live("mixed", calls).seconds for _ in range(ctx.size(3, 1))]
+        self.rate = LOAD * len(calls) / statistics.median(taken)
         ctx.say(f"requests come at {self.rate:.1f} a second, {LOAD:g} of what the machine does")
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
@@ -171,7 +169,7 @@ class Nexus(Experiment):
         return {"model": self.stage.model.source.checksum().encode(), "shapes": repr(shapes).encode()}
 
     def _calls(self, ctx: Context, count: int, rate: float, scale: float) -> list[Any]:
-        """Six in ten are long documents, four are chats, as in the paper's mixed load."""
+        """Four in ten are long documents, six are chats."""
         from millstream.sim.workload import Call
 
         draw, at, calls = random.Random(f"nexus {ctx.seed} {ctx.repeat} {count}"), 0.0, []

@@ -195,8 +195,7 @@ class VirtualTokenCounter(Experiment):
     def _engine(self, policy: str, model: Any = None) -> Any:
         from millstream.engine.assemble import build_engine
 
-        policies = (Choice("fcfs"),) if policy == "fcfs" else (Choice(policy), Choice("fcfs"))
-        config = replace(self.base, sched=replace(self.base.sched, policies=policies))
+        config = replace(self.base, sched=replace(self.base.sched, policies=_stack(policy)))
         model = model or self.model
         return build_engine(model.built.runner, model.spec, model.tokenizer, config, model.resolved)
 
@@ -379,10 +378,13 @@ class VirtualTokenCounter(Experiment):
         from millstream.sim.replica import EngineSetting
         from millstream.sim.simulate import Simulation
 
-        policies = (Choice("fcfs"),) if policy == "fcfs" else (Choice(policy), Choice("fcfs"))
         engines = [(f"engine {place}", self.profile) for place in range(ENGINES)]
         router = registry.make("router", Choice("round-robin"))
-        return Simulation(calls, engines, EngineSetting(policies, prefix=Choice("none")), router).run()
+        return Simulation(calls, engines, EngineSetting(_stack(policy), prefix=Choice("none")), router).run()
+
+
+def _stack(policy: str) -> tuple[Choice, ...]:
+    return (Choice("fcfs"),) if policy == "fcfs" else (Choice(policy), Choice("fcfs"))
 
 
 def _sent(draw: random.Random, at: float, tenant: str) -> tuple[float, str, int, int]:

@@ -27,7 +27,7 @@ from millstream.engine.remote import load_tokenizer
 from millstream.serve.caller import ALL_RIGHTS, LOOK, Caller, DeadlinePassed, Gate, Rights, Seat, caller_of
 from millstream.serve.errors import CLIENT_GONE, ClientGone, Refused, telling
 from millstream.serve.observatory import Call, Observatory
-from millstream.serve.openai.shapes import DEFAULTS, PROGRAM_HEADER, Sampling, program_of, salt_of, slo_of
+from millstream.serve.openai.shapes import DEFAULTS, PROGRAM_HEADER, Sampling, program_of, salt_of, slo_of, told_id
 from millstream.serve.tools import Parsers
 from millstream.text.grammar.compiler import GrammarCompiler
 from millstream.text.tokenizer import Tokenizer
@@ -291,7 +291,7 @@ class Service:
         call.n = params.n * len(parts)
         if program is not None:
             # As the client wrote it: the tenant is told beside it.
-            call.program, call.stage = program.id.rpartition("\x00")[2], program.stage
+            call.program, call.stage = told_id(program), program.stage
         call.sampling = {name: value for name in TRACED if (value := getattr(params, name)) is not None}
         return Job(caller, call, parts, slo, ask.priority or 0, salt_of(ask, caller.salt), program)
 

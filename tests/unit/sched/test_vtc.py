@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from millstream.core import registry
@@ -140,6 +142,18 @@ def test_an_order_below_that_changes_is_heard_in_the_next_step():
     assert (told.at(first), told.at(second)) == (0.0, 10.0)
     later = LoadView(1.0, 10, 10, [], [])
     assert [told.policy.rank(seq.view, later)[1] for seq in (first, second)] == [5.0, 0.0]
+
+
+def test_a_tenant_that_has_gone_holds_no_view_and_no_sequence():
+    told = Told(below=("ltr",))
+    seq = told.submit("a", 10)
+    assert told.order() == [0]
+    told.serve(seq, 2)
+    held = [told.policy._idle["a"]]
+    for _ in range(3):
+        held += gc.get_referents(*held)
+    assert not any(isinstance(one, LoadView | Sequence) for one in held)
+    assert not told.policy._views
 
 
 def test_an_order_below_that_fails_for_one_of_a_tenant_fails_for_that_one():

@@ -11,10 +11,9 @@ What is charged. A prompt token when it is computed: where a prompt fits in one 
 admission; one that is cut over many steps keeps its place for `quantum` tokens and then gives way to whoever has got
 less. A request that waits behind others of its tenant ranks as it will when these have been charged: within one step
 as over many, tenants take turns. Who of a tenant goes first is left to the policies that are stacked after this one.
-Tokens that a prefix cache held are free, as in DLPM: they take no computing. Nor is
-anything charged twice: what a preemption or a lost engine makes us compute again is our affair. Every output counts
-(n, beams), by the tokens that came, never by those that were asked for. A request that ends early has paid for what was
-computed of it.
+Tokens that a prefix cache held are free, as in DLPM: they take no computing. Nor is anything charged twice: what a
+preemption or a lost engine makes us compute again is our affair. Every output counts (n, beams), by the tokens that
+came, never by those that were asked for. A request that ends early has paid for what was computed of it.
 
 The bound: of two tenants that both want service all the time, neither gets more than the other by over twice
 U = max(input_weight * longest prompt, output_weight * tokens of the KV cache), each divided by the smaller weight.
@@ -66,7 +65,7 @@ class _Tenant:
     """`prompts`: what is left to charge of the prompt of each of its sequences, in the order in which these came;
     `again`: sequences to be computed again. It wants service while there is any of either. `begun`: of a prompt that
     was begun, the rank at which that was, and how much there was to charge then. `order`: of `prompts`, who goes first
-    by the policies below, as of `seen`; None when it has to be asked for."""
+    by the policies below, as of the plan `seen`; None when it has to be asked for."""
 
     __slots__ = ("again", "begun", "counter", "live", "order", "prompts", "ranks", "seen", "weight")
 
@@ -79,7 +78,7 @@ class _Tenant:
         self.again: set[int] = set()
         self.ranks: dict[int, float] | None = None  # of `prompts`, None when something has changed
         self.order: list[int] | None = None
-        self.seen: LoadView | None = None
+        self.seen = 0
 
 
 class Vtc(Policy):
@@ -92,6 +91,7 @@ class Vtc(Policy):
         self._below: Ranking | None = None
         self._views: dict[int, SeqView] = {}  # of those in `prompts` of any tenant
         self._view: LoadView | None = None  # of the step that is being planned
+        self._plan = 0  # its number: tenants remember that, since a view holds all sequences that were there
         self._last: _Tenant | None = None  # the last one that wanted service
         self._served = 0.0  # the highest counter at which anybody was served: nobody comes in below
 
@@ -99,7 +99,8 @@ class Vtc(Policy):
         self._below = below
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
-        self._view = view
+        if view is not self._view:
+            self._view, self._plan = view, self._plan + 1
         tenant = self._tenants.get(seq.tenant)
         if tenant is None:
             return (1.0, self._floor())
@@ -149,7 +150,7 @@ class Vtc(Policy):
     def _ranks(self, tenant: _Tenant) -> dict[int, float]:
         """Of each sequence in `prompts`: the counter as it will be when those before it have been charged."""
         below = self._below
-        if below is not None and not below.constant_rank and tenant.seen is not self._view:
+        if below is not None and not below.constant_rank and tenant.seen != self._plan:
             tenant.ranks = tenant.order = None
         if tenant.ranks is None:
             tenant.ranks, at = {}, tenant.counter
@@ -172,7 +173,7 @@ class Vtc(Policy):
                 except Exception:
                     # Its own turn to be ranked comes, and then it is the one that fails.
                     places[seq_id] = (math.inf,)
-            tenant.order, tenant.seen = sorted(places, key=places.__getitem__), view
+            tenant.order, tenant.seen = sorted(places, key=places.__getitem__), self._plan
         return itertools.chain(tenant.begun, [one for one in tenant.order if one not in tenant.begun])
 
     def _wants(self, seq: SeqView, tenant: _Tenant) -> None:

@@ -282,7 +282,15 @@ def program_of(ask: Sampling, header: str | None, tenant: str) -> Program | None
     if told.stage:
         _check_words("program.stage", told.stage, MAX_STAGE_CHARS)
     # Another tenant's program cannot be spelled: no id has a control character.
-    return Program(f"{tenant}\x00{told.id}" if tenant else told.id, **given)
+    return Program(f"{tenant}{_APART}{told.id}" if tenant else told.id, **given)
+
+
+def told_id(program: Program) -> str:
+    """The id of a program of `program_of` as the client wrote it."""
+    return program.id.rpartition(_APART)[2]
+
+
+_APART = "\x00"
 
 
 _PLACE = ("call", "thread", "stage", "parents", "service_s")
