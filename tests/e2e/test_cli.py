@@ -316,7 +316,7 @@ def test_kernels_are_built_ahead_and_found_again(told, monkeypatch, tmp_path):
     monkeypatch.setenv("MILLSTREAM_HOME", str(tmp_path))
     monkeypatch.setattr(build, "build", pretend)
     found = told("build-kernels")
-    kernels = ["ceilings", "fpx", "linear", "paged_attention", "program", "sampling"]
+    kernels = ["ceilings", "elementwise", "fpx", "linear", "paged_attention", "program", "sampling"]
     assert [one["kernel"] for one in found["kernels"]] == kernels
     assert main(["build-kernels", "--compiler", "no-such-compiler", "--json"]) != 0
 
