@@ -8,7 +8,7 @@ import math
 import statistics
 
 import pytest
-from sim_bench import rows, simulate, traffic
+from sim_bench import profile, rows, simulate, traffic
 
 from millstream.cli.main import main
 from millstream.cluster.protocol import Autoscaler
@@ -17,6 +17,7 @@ from millstream.core import registry
 from millstream.core.errors import BadRequest, ConfigError, UnknownName
 from millstream.core.registry import Choice
 from millstream.core.request import Slo
+from millstream.sched import profiles
 from millstream.sim import report
 from millstream.sim.arrivals import Bursts, Diurnal, RateCurve
 from millstream.sim.scaling import BACKOFF_S
@@ -348,9 +349,27 @@ def trace(tmp_path):
     return path
 
 
-def test_the_command_line_scales_and_draws(trace, tmp_path, capsys) -> None:
+@pytest.fixture
+def kind(tmp_path) -> str:
+    """A profile that needs no data set."""
+    return str(profiles.save(profile(), tmp_path / "toy.json"))
+
+
+def test_the_command_line_scales_and_draws(trace, kind, tmp_path, capsys) -> None:
     plot = tmp_path / "replicas.svg"
-    flags = ["--autoscaler", "hpa", "--cold-start", "5", "--min-replicas", "1", "--max-replicas", "4", "--json"]
+    flags = [
+        "--profile",
+        kind,
+        "--autoscaler",
+        "hpa",
+        "--cold-start",
+        "5",
+        "--min-replicas",
+        "1",
+        "--max-replicas",
+        "4",
+        "--json",
+    ]
     flags += ["--diurnal", "120,0.1", "--bursts", "60,10,4", "--rate", "20", "--requests", "800", "--slo", "ttft:1"]
     assert main(["sim", "--trace", str(trace), *flags, "--plot", str(plot)]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -371,11 +390,13 @@ def test_the_command_line_tells_what_it_does_not_understand(trace, capsys) -> No
         assert said in capsys.readouterr().err
 
 
-def test_reports_have_replicas_only_where_somebody_scaled(trace) -> None:
-    plain = Prepared(Scenario(trace=str(trace), requests=20)).run()
+def test_reports_have_replicas_only_where_somebody_scaled(trace, kind) -> None:
+    plain = Prepared(Scenario(trace=str(trace), profiles=(kind,), requests=20)).run()
     assert "replica_seconds" not in report.found_of(plain, (), (), {})
-    scaled_run = Prepared(Scenario(trace=str(trace), requests=20, autoscaler=Choice("static", {"n": 2}), replicas=(2,)))
-    found = report.found_of(scaled_run.run(), (), (), {})
+    scaled_run = Scenario(
+        trace=str(trace), profiles=(kind,), requests=20, autoscaler=Choice("static", {"n": 2}), replicas=(2,)
+    )
+    found = report.found_of(Prepared(scaled_run).run(), (), (), {})
     assert found["mean_replicas"] == pytest.approx(2.0) and found["scale_changes"] == 0
 
 
