@@ -360,7 +360,7 @@ class VirtualTokenCounter(Experiment):
             del rates[AGGRESSOR]
         for tenant, share in rates.items():
             draw, at = random.Random(f"vtc {ctx.seed} {ctx.repeat} {tenant}"), 0.0
-            while (at := at + draw.expovariate(share * self.sim_rate)) < seconds:
+            while (at := at + draw.uniform(0.7, 1.3) / (share * self.sim_rate)) < seconds:
                 sent.append(_sent(draw, at, tenant))
         calls = _calls(sorted(sent))
         result = self._simulate(calls, "vtc" if name == "vtc" else "fcfs")

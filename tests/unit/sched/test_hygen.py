@@ -49,6 +49,21 @@ def test_a_step_takes_no_longer_than_it_may_and_is_full_while_there_is_work():
     bench.clean()
 
 
+def test_a_full_step_asks_nobody_else_for_how_long_it_would_take(monkeypatch):
+    asked, seconds = [], Paced.seconds
+    monkeypatch.setattr(Paced, "seconds", lambda cost, shape: asked.append(shape) or seconds(cost, shape))
+
+    def predictions(waiting):
+        bench = engine(0.3)
+        for number in range(waiting):
+            bench.add([number % 40] * 30, 6, priority=1)
+        asked.clear()
+        bench.step()
+        return len(asked)
+
+    assert 0 < predictions(100) == predictions(10)
+
+
 def test_online_requests_come_first_and_offline_ones_fill_what_is_left():
     bench = engine(0.3)
     offline = [bench.add([number] * 30, 6, priority=1) for number in range(8)]

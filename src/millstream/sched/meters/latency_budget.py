@@ -44,6 +44,7 @@ class LatencyBudget(Meter):
         self._cost: StepCost | None = None
         self._shape = StepShape()
         self._owed: set[int] = set()  # online decodes that are counted already
+        self._cut: tuple[int, int] | None = None  # whose wish was cut last, and to how many tokens
         self._full = self._empty = False
 
     def begin(self, view: LoadView) -> None:
@@ -52,7 +53,7 @@ class LatencyBudget(Meter):
         self._owed = {seq.id for seq in decodes}
         keys = sum(seq.next_start + 1 for seq in decodes)
         self._shape = StepShape(decode_rows=len(decodes), decode_keys=keys, sampled=len(decodes))
-        self._full, self._empty = False, not decodes
+        self._full, self._empty, self._cut = False, not decodes, None
 
     def fit(self, seq: Sequence, n: int) -> int:
         offline = seq.request.priority >= self.config.offline_from
@@ -61,6 +62,8 @@ class LatencyBudget(Meter):
         if self._takes(seq, n) <= self.config.step_s:
             return n
         low, high = 0, n
+        if self._takes(seq, 1) > self.config.step_s:
+            high = 1
         while high - low > 1:
             middle = (low + high) // 2
             if self._takes(seq, middle) <= self.config.step_s:
@@ -69,6 +72,7 @@ class LatencyBudget(Meter):
                 high = middle
         if low == 0 and self._empty:
             return min(n, self.config.least)
+        self._cut = (seq.id, low)
         return low
 
     def closed(self) -> bool:
@@ -80,10 +84,11 @@ class LatencyBudget(Meter):
             self._owed.discard(seq.id)
             return
         self._shape = _with(self._shape, seq, n)
-        # Not even one more token: so nobody else is asked.
+        # Not even one more token of this one, nor of anybody: so nobody else is asked.
         assert self._cost is not None
-        if not self.config.offline_only and self._cost.seconds(self._shape) >= self.config.step_s:
-            self._full = True
+        if not self.config.offline_only:
+            full = self._cut == (seq.id, n) or self._cost.seconds(self._shape) >= self.config.step_s
+            self._full = self._full or full
 
     def gave_up(self, seq: Sequence) -> None:
         if seq.id in self._owed:
