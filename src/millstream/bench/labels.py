@@ -5,9 +5,9 @@ served, not from another one, and never from `max_tokens`. A line of the file is
 
     {"key": ..., "prompt": ..., "family": ..., "tokens": 211, "ended": true}
 
-of which `key` names model, prompt, cap and sampling; `ended` is false where the cap cut the answer. What stands in the
-file is not generated again, so that a collection that was broken off goes on. The seed of an answer is that of its key
-(`seed_of`): whoever serves the prompt with it gets an answer of just that length.
+of which `key` names model, formats, prompt, cap and sampling; `ended` is false where the cap cut the answer. What
+stands in the file is not generated again, so that a collection that was broken off goes on. The seed of an answer is
+that of its prompt (`Serving.params`): whoever serves it so gets an answer of just that length.
 """
 
 from __future__ import annotations
@@ -30,25 +30,40 @@ CLIENTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """How answers are made: `model` by name, at most `cap` tokens, `temperature` 1 as in the paper (0: greedily)."""
+    """How answers are made: `model` by name, at most `cap` tokens, `temperature` 1 as in the paper (0: greedily).
+
+    `formats`: how weights and KV are kept, for other numbers say other words. Seeds do not go by it.
+    """
 
     model: str
     cap: int = 512
     temperature: float = 1.0
     top_p: float = 0.9
+    formats: str = ""
+
+    @classmethod
+    def by(cls, made: Any, model: str, cap: int = 512, temperature: float = 1.0, top_p: float = 0.9) -> Serving:
+        """By the engine `made`, as it keeps weights and KV."""
+        config = made.resolved.config
+        return cls(model, cap, temperature, top_p, f"{config.model.weights} {config.cache.kv}")
 
     def key(self, prompt: str) -> str:
-        told = f"{self.model}\0{self.cap}\0{self.temperature:g}\0{self.top_p:g}\0{prompt}"
-        return hashlib.sha256(told.encode()).hexdigest()[:24]
+        return _hash(f"{self._told(prompt)}\0{self.formats}")
 
     def params(self, prompt: str) -> SamplingParams:
         return SamplingParams(
-            max_tokens=self.cap, temperature=self.temperature, top_p=self.top_p, seed=seed_of(self.key(prompt))
+            max_tokens=self.cap,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=int(_hash(self._told(prompt))[:12], 16),
         )
 
+    def _told(self, prompt: str) -> str:
+        return f"{self.model}\0{self.cap}\0{self.temperature:g}\0{self.top_p:g}\0{prompt}"
 
-def seed_of(key: str) -> int:
-    return int(key[:12], 16)
+
+def _hash(told: str) -> str:
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", args.model)
     out = args.out or home() / "lengths" / f"{name}.safetensors"
     kept = args.labels or home() / "labels" / f"{name}.jsonl"
-    serving = labels.Serving(args.model, args.cap, args.temperature, args.top_p)
     if args.prompts is None:
         learned = prompts.draw(ranking.TRAIN, most_chars=ranking.MOST_CHARS)
         tested = prompts.draw(ranking.TEST, most_chars=ranking.MOST_CHARS)
@@ -70,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with output.json_only(args.json):
         made = assemble(args.model, engine_config(args), tune=True, notice=None if args.json else output.note)
+        serving = labels.Serving.by(made, args.model, args.cap, args.temperature, args.top_p)
         asked = [*learned, *tested]
         random.Random(1).shuffle(asked)
         missing = len(labels.missing(serving, asked, kept))

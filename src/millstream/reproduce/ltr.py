@@ -148,7 +148,7 @@ class Ltr(Experiment):
 
         self.profile = profiles.load(PROFILE, PUBLISHED).sized(max_rows=SIM_SEATS)
         self.stage = Stage(MODEL)
-        self.serving = labels.Serving(MODEL, CAP)
+        self.serving = labels.Serving.by(self.stage.model, MODEL, CAP)
         share = QUICK_SHARE if ctx.quick else 1.0
         learned, self.tested = (
             ranking.collected(self.stage.model, self.serving, counts, share, ctx.say)

@@ -4,6 +4,8 @@ What the paper does between two parts of a GPU that run at once is done here ins
 device that has them. SmolLM2 live: long and short prompts beside decodes, at LOAD of what the machine does of them when
 they are all there at once. Arms: steps of 512 tokens whatever is in them (chunked prefill), steps of a fixed small
 size, a controller that lowers the step's tokens when decodes were late and raises them when they were early, and nexus.
+How much longer nexus lets decodes take is tuned, as in the paper: the least with which the simulator, whose steps were
+calibrated just before, keeps the throughput of mixed steps and the first tokens of small ones, on other traffic.
 Simulated: the same on ENGINES engines of an A100's published times, behind the least loaded.
 """
 
@@ -35,9 +37,11 @@ from millstream.sched.protocol import Budget, LoadView, Policy
 PROFILE = "vidur-a100-llama3-8b-tp1"
 MIXED, STATIC = 512, 96
 REQUESTS, QUICK_REQUESTS = 60, 14
-LOAD = 0.8
+LOAD = 0.7
 ENGINES, SIM_REQUESTS, SIM_RATE = 4, 1200, 20.0
-SLACK = 4.0
+# Of what decodes alone would take: those that are tried, and what is left of the throughput with the one that is taken.
+SLACKS, KEPT, TUNING = (3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0), 0.98, 3
+SIM_SLACK = 4.0
 
 
 class Feedback(Policy):
@@ -145,7 +149,7 @@ class Nexus(Experiment):
         ),
     )
     warmup = 0
-    seconds = 400.0
+    seconds = 600.0
     sources = ("millstream.sched.scheduler", "millstream.engine.calibrate", "millstream.bench.stage")
 
     def open(self, ctx: Context) -> None:
@@ -160,12 +164,15 @@ class Nexus(Experiment):
         self.texts: dict[int, Mapping[int, tuple[int, ...]]] = {}
         ctx.repeat = -1
         calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), 1e6, 1.0)
+        self.slack = SLACKS[0]
         taken = [self._live("mixed", calls).seconds for _ in range(ctx.size(3, 1))]
         self.rate = LOAD * len(calls) / statistics.median(taken)
         ctx.say(f"requests come at {self.rate:.1f} a second, {LOAD:g} of what the machine does")
+        self.slack = self._tune(ctx)
+        ctx.say(f"steps take up to {self.slack:g} times what decodes alone would")
 
     def inputs(self, ctx: Context) -> Mapping[str, bytes | Path]:
-        shapes = (MIXED, STATIC, REQUESTS, LOAD, ENGINES, SIM_REQUESTS, SIM_RATE, SLACK)
+        shapes = (MIXED, STATIC, REQUESTS, LOAD, ENGINES, SIM_REQUESTS, SIM_RATE, SLACKS, KEPT, SIM_SLACK)
         return {"model": self.stage.model.source.checksum().encode(), "shapes": repr(shapes).encode()}
 
     def _calls(self, ctx: Context, count: int, rate: float, scale: float) -> list[Any]:
@@ -191,13 +198,40 @@ class Nexus(Experiment):
             )
         return calls
 
-    def _policies(self, name: str) -> tuple[tuple[Any, ...], int]:
+    def _tune(self, ctx: Context) -> float:
+        """The least slack that costs next to nothing of the throughput, nor of the first tokens of small steps."""
+        traffic = []
+        for place in range(TUNING):
+            ctx.repeat = -2 - place
+            traffic.append(self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), self.rate, 1.0))
+
+        def found(name: str, slack: float = 0.0) -> tuple[float, float]:
+            setting = self._setting(name, slack)
+            runs = [self._numbers(self.stage.simulate(calls, setting).served, ()) for calls in traffic]
+            return statistics.fmean(one["tokens_per_s"] for one in runs), statistics.fmean(
+                one["ttft_mean_s"] for one in runs
+            )
+
+        most, soonest = found("mixed")[0], found("static")[1]
+        for slack in SLACKS:
+            tokens_per_s, ttft_s = found("nexus", slack)
+            if tokens_per_s >= KEPT * most and ttft_s <= soonest:
+                return slack
+        return SLACKS[-1]
+
+    def _setting(self, name: str, slack: float) -> Any:
+        from millstream.bench.stage import Setting
+
+        policies, tokens = self._policies(name, slack)
+        return Setting(policies, step_tokens=tokens, prefix=Choice("none"))
+
+    def _policies(self, name: str, slack: float) -> tuple[tuple[Any, ...], int]:
         if name == "static":
             return (Choice("fcfs"),), STATIC
         if name == "nexus":
-            return (Choice("nexus", {"decode_slack": SLACK}),), 4096
+            return (Choice("nexus", {"decode_slack": slack}),), 4096
         if name == "no-buffer":
-            return (Choice("nexus", {"decode_slack": SLACK, "buffer": 0.0}),), 4096
+            return (Choice("nexus", {"decode_slack": slack, "buffer": 0.0}),), 4096
         return (Choice("fcfs"),), MIXED
 
     def check(self, ctx: Context) -> CheckResult:
@@ -219,13 +253,10 @@ class Nexus(Experiment):
         )
 
     def measure(self, ctx: Context, arm: Arm) -> Mapping[str, float]:
-        from millstream.bench.stage import Setting
-
         where, _, name = arm.name.partition("-")
         if where == "sim":
             calls = self._calls(ctx, ctx.size(SIM_REQUESTS, 200), SIM_RATE, 4.0)
-            policies, tokens = self._policies(name)
-            return self._numbers(*self._run_sim(calls, Setting(policies, step_tokens=tokens), name == "feedback"))
+            return self._numbers(*self._run_sim(calls, self._setting(name, SIM_SLACK), name == "feedback"))
         calls = self._calls(ctx, ctx.size(REQUESTS, QUICK_REQUESTS), self.rate, 1.0)
         played = self._live(name, calls)
         reference = self.texts.setdefault(ctx.repeat, played.tokens)
@@ -233,11 +264,8 @@ class Nexus(Experiment):
         return self._numbers(played.served, played.policies)
 
     def _live(self, name: str, calls: Sequence[Any]) -> Any:
-        from millstream.bench.stage import Setting
-
-        policies, tokens = self._policies(name)
         made = [Feedback(0.05)] if name == "feedback" else None
-        return self.stage.live(calls, Setting(policies, step_tokens=tokens, prefix=Choice("none")), policies=made)
+        return self.stage.live(calls, self._setting(name, self.slack), policies=made)
 
     def _run_sim(self, calls: Sequence[Any], setting: Any, feedback: bool) -> tuple[Any, Any]:
         from millstream.core import registry
@@ -247,7 +275,7 @@ class Nexus(Experiment):
 
         meters = setting.meters(self.profile.step_tokens)
         engines = [(f"engine {place}", self.profile) for place in range(ENGINES)]
-        engine_setting = EngineSetting(setting.policies, meters, Choice("none"))
+        engine_setting = EngineSetting(setting.policies, meters, setting.prefix)
         simulation = Simulation(calls, engines, engine_setting, registry.make("router", "least-work"))
         schedulers = [replica.engine.scheduler for replica in simulation.replicas]
         if feedback:

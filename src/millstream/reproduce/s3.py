@@ -151,7 +151,7 @@ class S3(Experiment):
         profile = profiles.load(PROFILE, PUBLISHED)
         self.profile = profile.sized(SIM_CACHE // profile.block_size, max_rows=SIM_SEATS)
         self.stage = Stage(MODEL)
-        self.serving = labels.Serving(MODEL, CAP)
+        self.serving = labels.Serving.by(self.stage.model, MODEL, CAP)
         share = 0.1 if ctx.quick else 1.0
         made, trunk = self.stage.model, Trunk()
 

@@ -16,15 +16,17 @@ def line(serving, text, tokens):
     return json.dumps({"key": serving.key(text), "prompt": text, "family": "f", "tokens": tokens, "ended": True})
 
 
-def test_a_label_counts_for_its_model_cap_and_sampling_only(tmp_path):
+def test_a_label_counts_for_its_model_formats_cap_and_sampling_only(tmp_path):
     serving, path = Serving("m", 64), tmp_path / "labels.jsonl"
     path.write_text(line(serving, "one", 7) + "\n")
     asked = [Prompt("one", "f"), Prompt("two", "f")]
     assert labels.missing(serving, asked, path) == asked[1:]
-    for other in (Serving("n", 64), Serving("m", 65), Serving("m", 64, 0.5), Serving("m", 64, 1.0, 0.5)):
+    blocks = Serving("m", 64, formats="blocks int8")
+    for other in (Serving("n", 64), Serving("m", 65), Serving("m", 64, 0.5), Serving("m", 64, 1.0, 0.5), blocks):
         assert labels.missing(other, asked, path) == asked
-    params = serving.params("one")
-    assert params.seed == labels.seed_of(serving.key("one")) and params.max_tokens == 64
+    # The same draw, whose outcome is another one with other numbers.
+    assert serving.params("one").seed == blocks.params("one").seed != serving.params("two").seed
+    assert serving.params("one").max_tokens == 64
 
 
 def test_a_line_that_was_cut_short_is_forgotten_and_one_that_is_wrong_is_named(tmp_path):
