@@ -8,8 +8,9 @@ machine does in the same run), and under vtc. The engine runs for a fixed time; 
 token that did not come by then counts as coming at that moment. The throughputs of fcfs and vtc are measured with their
 engines taking turns, so that what else the machine does falls on both.
 
-Simulated: ENGINES engines of an A100's published step times behind turns. GUESTS tenants send SIM_SHARE of what all of
-them do each, and one sends FLOOD_TIMES of that for SIM_SECONDS, all of which is served in the end.
+Simulated: ENGINES engines of an A100's published step times behind turns, in steps of SIM_STEP tokens, of which a
+guest's prompt takes several. GUESTS tenants send SIM_SHARE of what all engines do each, and one sends FLOOD_TIMES of
+that for SIM_SECONDS, all of which is served in the end.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ SECONDS, QUICK_SECONDS = 9.0, 3.5
 # Arms whose throughputs are compared to within some percent: their engines take turns of so many seconds.
 DUEL, TURN_S = ("fcfs", "vtc"), 0.3
 PROFILE, ENGINES, GUESTS = "vidur-a100-llama3-8b-tp1", 4, 4
-SIM_SHARE, FLOOD_TIMES, SIM_SECONDS, QUICK_SIM_SECONDS = 0.02, 3.0, 15.0, 4.0
+SIM_SHARE, FLOOD_TIMES, SIM_SECONDS, QUICK_SIM_SECONDS, SIM_STEP = 0.02, 3.0, 6.0, 3.0, 512
 SIM_PROMPTS, SIM_OUTPUT = {VICTIM: (1024, 2048), AGGRESSOR: (128, 512)}, (64, 192)
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 # Of the policy's own time: a step with as many waiting and as many running.
@@ -184,7 +185,7 @@ class VirtualTokenCounter(Experiment):
 
         shapes = (
             *(VICTIM_PROMPT, AGGRESSOR_PROMPT, OUTPUT, RATE, TIMES, MOST_WAITING, ENGINES, GUESTS, SIM_SHARE),
-            *(FLOOD_TIMES, SIM_SECONDS, SIM_PROMPTS, SIM_OUTPUT),
+            *(FLOOD_TIMES, SIM_SECONDS, SIM_PROMPTS, SIM_OUTPUT, SIM_STEP),
         )
         return {
             "model": self.model.source.checksum().encode(),
@@ -375,12 +376,13 @@ class VirtualTokenCounter(Experiment):
 
     def _simulate(self, calls: Sequence[Call], policy: str) -> Any:
         from millstream.core import registry
+        from millstream.sched.meters import usual
         from millstream.sim.replica import EngineSetting
         from millstream.sim.simulate import Simulation
 
         engines = [(f"engine {place}", self.profile) for place in range(ENGINES)]
-        router = registry.make("router", Choice("round-robin"))
-        return Simulation(calls, engines, EngineSetting(_stack(policy), prefix=Choice("none")), router).run()
+        setting = EngineSetting(_stack(policy), usual(SIM_STEP, self.profile.max_rows), Choice("none"))
+        return Simulation(calls, engines, setting, registry.make("router", Choice("round-robin"))).run()
 
 
 def _stack(policy: str) -> tuple[Choice, ...]:
