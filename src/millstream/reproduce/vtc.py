@@ -9,8 +9,8 @@ token that did not come by then counts as coming at that moment. The throughputs
 engines taking turns, so that what else the machine does falls on both.
 
 Simulated: ENGINES engines of an A100's published step times behind turns, in steps of SIM_STEP tokens, of which a
-guest's prompt takes several. GUESTS tenants send SIM_SHARE of what all engines do each, and one sends FLOOD_TIMES of
-that for SIM_SECONDS, all of which is served in the end.
+prompt of the victim takes several. The victim sends SIM_SHARE of the requests that all engines do, and the aggressor
+FLOOD_TIMES as many as they do, for SIM_SECONDS; all of them are served in the end.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ MOST_WAITING = 256
 SECONDS, QUICK_SECONDS = 9.0, 3.5
 # Arms whose throughputs are compared to within some percent: their engines take turns of so many seconds.
 DUEL, TURN_S = ("fcfs", "vtc"), 0.3
-PROFILE, ENGINES, GUESTS = "vidur-a100-llama3-8b-tp1", 4, 4
-SIM_SHARE, FLOOD_TIMES, SIM_SECONDS, QUICK_SIM_SECONDS, SIM_STEP = 0.02, 3.0, 6.0, 3.0, 512
-SIM_PROMPTS, SIM_OUTPUT = {VICTIM: (1024, 2048), AGGRESSOR: (128, 512)}, (64, 192)
+PROFILE, ENGINES = "vidur-a100-llama3-8b-tp1", 4
+SIM_SHARE, FLOOD_TIMES, SIM_SECONDS, QUICK_SIM_SECONDS, SIM_STEP = 0.015, 3.0, 10.0, 3.0, 512
+SIM_PROMPTS, SIM_OUTPUT = {VICTIM: (2048, 4096), AGGRESSOR: (128, 512)}, (64, 192)
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 # Of the policy's own time: a step with as many waiting and as many running.
 WAITING, RUNNING = 256, 64
@@ -83,9 +83,9 @@ class VirtualTokenCounter(Experiment):
         Arm("fcfs", "both, first come, first served", ("policy:fcfs",)),
         Arm("rate-limit", "both, first come, first served, each tenant at most half the machine", ("policy:fcfs",)),
         Arm("vtc", "both, by the virtual token counter", ("policy:vtc",)),
-        Arm("sim-solo", f"{ENGINES} simulated engines, the guests alone", ("policy:fcfs",)),
-        Arm("sim-fcfs", f"{ENGINES} simulated engines, all, first come, first served", ("policy:fcfs",)),
-        Arm("sim-vtc", f"{ENGINES} simulated engines, all, by the virtual token counter", ("policy:vtc",)),
+        Arm("sim-solo", f"{ENGINES} simulated engines, the victim alone", ("policy:fcfs",)),
+        Arm("sim-fcfs", f"{ENGINES} simulated engines, both, first come, first served", ("policy:fcfs",)),
+        Arm("sim-vtc", f"{ENGINES} simulated engines, both, by the virtual token counter", ("policy:vtc",)),
     )
     metrics = (
         Metric("victim_ttft_p99_s", "s", "lower", "99th percentile of the victim's times to the first token"),
@@ -132,7 +132,7 @@ class VirtualTokenCounter(Experiment):
         ),
         Required("every request of the victim is served", Of("vtc", "victim_served"), at_least=100.0),
         Required(
-            f"{ENGINES} simulated engines: the guests' p99 TTFT at most twice its value alone",
+            f"{ENGINES} simulated engines: the victim's p99 TTFT at most twice its value alone",
             Of("sim-vtc", "victim_ttft_p99_s"),
             Of("sim-solo", "victim_ttft_p99_s"),
             at_most=2.0,
@@ -184,7 +184,7 @@ class VirtualTokenCounter(Experiment):
         from millstream.bench import data
 
         shapes = (
-            *(VICTIM_PROMPT, AGGRESSOR_PROMPT, OUTPUT, RATE, TIMES, MOST_WAITING, ENGINES, GUESTS, SIM_SHARE),
+            *(VICTIM_PROMPT, AGGRESSOR_PROMPT, OUTPUT, RATE, TIMES, MOST_WAITING, ENGINES, SIM_SHARE),
             *(FLOOD_TIMES, SIM_SECONDS, SIM_PROMPTS, SIM_OUTPUT, SIM_STEP),
         )
         return {
@@ -356,7 +356,7 @@ class VirtualTokenCounter(Experiment):
 
     def _cluster(self, ctx: Context, name: str) -> Mapping[str, float]:
         seconds, sent = SIM_SECONDS if not ctx.quick else QUICK_SIM_SECONDS, []
-        rates = {f"{VICTIM}-{place}": SIM_SHARE for place in range(GUESTS)} | {AGGRESSOR: FLOOD_TIMES}
+        rates = {VICTIM: SIM_SHARE, AGGRESSOR: FLOOD_TIMES}
         if name == "solo":
             del rates[AGGRESSOR]
         for tenant, share in rates.items():
@@ -365,7 +365,7 @@ class VirtualTokenCounter(Experiment):
                 sent.append(_sent(draw, at, tenant))
         calls = _calls(sorted(sent))
         result = self._simulate(calls, "vtc" if name == "vtc" else "fcfs")
-        waits = [one.times_s[0] - one.arrival_s for one in result.served if one.call.tenant != AGGRESSOR]
+        waits = [one.times_s[0] - one.arrival_s for one in result.served if one.call.tenant == VICTIM]
         whole = sum(len(one.times_s) == one.call.num_output for one in result.served)
         ctx.expect(f"{name}: every simulated request has all its tokens", whole == len(calls))
         return {
@@ -391,7 +391,7 @@ def _stack(policy: str) -> tuple[Choice, ...]:
 
 def _sent(draw: random.Random, at: float, tenant: str) -> tuple[float, str, int, int]:
     """When, by whom, tokens of the prompt and of the output."""
-    return at, tenant, draw.randint(*SIM_PROMPTS[tenant.partition("-")[0]]), draw.randint(*SIM_OUTPUT)
+    return at, tenant, draw.randint(*SIM_PROMPTS[tenant]), draw.randint(*SIM_OUTPUT)
 
 
 def _calls(sent: Sequence[tuple[float, str, int, int]]) -> list[Call]:
