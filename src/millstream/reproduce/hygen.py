@@ -120,6 +120,10 @@ class Hygen(Experiment):
         Metric("tokens_per_s", "tokens/s", "higher", "of both"),
         Metric("hits", "%", "higher", "offline prompt tokens that the prefix cache held"),
         Metric("step_error", "%", "lower", "of the model of step times, on compositions that it was not fitted to"),
+        Metric("step_noise", "%", "lower", "by what repeats of one step differ"),
+        Metric(
+            "step_error_of_allowed", "", "lower", "that error over 5 %, or over 1.5 times the noise if that is more"
+        ),
     )
     claim = Claim(
         "3.87 times the throughput of online serving and 5.84 times the offline throughput of a fixed rate, every "
@@ -180,7 +184,11 @@ class Hygen(Experiment):
             Of("sim-fixed-rate", "offline_tokens_per_s"),
             at_least=1.5,
         ),
-        Required("the model of step times is off by less than 5 %", Of("hygen", "step_error"), at_most=5.0),
+        Required(
+            "the model of step times is off by less than 5 %, or than 1.5 times what repeats differ by",
+            Of("hygen", "step_error_of_allowed"),
+            at_most=1.0,
+        ),
         Required(
             "shared prefixes are found more often than first come first served",
             Of("hygen", "hits"),
@@ -199,6 +207,7 @@ class Hygen(Experiment):
 
     def open(self, ctx: Context) -> None:
         from millstream.bench.stage import Stage
+        from millstream.engine import calibrate
         from millstream.sched import profiles
         from millstream.sim.published import PUBLISHED
 
@@ -206,7 +215,10 @@ class Hygen(Experiment):
         self.gpu = profiles.load(PROFILE, PUBLISHED)
         ctx.repeat = 0
         ctx.say("measuring how long steps take")
-        self.stage.calibrate(repeats=6 if not ctx.quick else 3, thin=1 if not ctx.quick else 2)
+        made = self.stage.model
+        compositions = calibrate.grid_of(made)[:: 1 if not ctx.quick else 2]
+        self.steps_found = calibrate.calibrate(made, compositions, 6 if not ctx.quick else 3)
+        self.stage.profile = calibrate.profile_of(made, self.steps_found)
         self.base = self._live(ctx, self._setting(None), None)
         ctx.say(f"online alone: {1000 * self.base:.1f} ms between tokens at the 99th percentile")
         self.steps = {name: self._find_step(ctx, self.base * (1 + more)) for name, more in MARGINS.items()}
@@ -388,13 +400,16 @@ class Hygen(Experiment):
             if one.call.tenant == "online" and one.times_s
         )
         prompt = sum(one.call.num_prompt for one in answered)
+        error = self.steps_found.errors[self.steps_found.best]
         return {
             "tbt_p99_s": found["tbt_p99_s"],
             "ttft_p99_s": found["ttft_p99_s"],
             "offline_tokens_per_s": offline_tokens / played.seconds,
             "tokens_per_s": (offline_tokens + online_tokens) / played.seconds,
             "hits": 100 * sum(one.cached for one in answered) / max(1, prompt),
-            "step_error": 100 * self.stage.error,
+            "step_error": 100 * error,
+            "step_noise": 100 * self.steps_found.noise,
+            "step_error_of_allowed": error / self.steps_found.target,
         }
 
     def _cluster(self, ctx: Context, name: str, seed: int) -> Mapping[str, float]:
