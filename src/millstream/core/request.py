@@ -363,6 +363,7 @@ class Request:
 
     `background` work is computed in steps that nobody else has a part in: it gives way at once, with all it holds.
     `prior` says what of it was answered already, by an engine that is gone; it needs a seed (of what it had sampled).
+    `affinity`: requests of one share a prefix, by what their client says; routers send them to one engine.
     """
 
     id: int
@@ -377,6 +378,7 @@ class Request:
     background: bool = False
     adapter: str = ""
     cache_salt: str = ""
+    affinity: str = ""
     hints: Hints = Hints()
     decode: Choice | None = None
     label: str = ""
@@ -463,7 +465,7 @@ class Request:
         _integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if not isinstance(self.background, bool):
             raise BadRequest("background", self.background, "true or false")
-        for name in ("tenant", "adapter", "cache_salt", "label"):
+        for name in ("tenant", "adapter", "cache_salt", "affinity", "label"):
             if not isinstance(getattr(self, name), str):
                 raise BadRequest(name, getattr(self, name), "a string")
         for name, kind in (("params", SamplingParams), ("slo", Slo), ("hints", Hints)):

@@ -27,7 +27,16 @@ from millstream.engine.remote import load_tokenizer
 from millstream.serve.caller import ALL_RIGHTS, LOOK, Caller, DeadlinePassed, Gate, Rights, Seat, caller_of
 from millstream.serve.errors import CLIENT_GONE, ClientGone, Refused, telling
 from millstream.serve.observatory import Call, Observatory
-from millstream.serve.openai.shapes import DEFAULTS, PROGRAM_HEADER, Sampling, program_of, salt_of, slo_of, told_id
+from millstream.serve.openai.shapes import (
+    DEFAULTS,
+    PROGRAM_HEADER,
+    Sampling,
+    affinity_of,
+    program_of,
+    salt_of,
+    slo_of,
+    told_id,
+)
 from millstream.serve.tools import Parsers
 from millstream.text.grammar.compiler import GrammarCompiler
 from millstream.text.tokenizer import Tokenizer
@@ -125,6 +134,7 @@ class Job:
     slo: Slo = Slo()
     priority: int = 0
     salt: str = ""
+    affinity: str = ""
     program: Program | None = None
     seats: list[Seat] = field(default_factory=list)
 
@@ -293,7 +303,8 @@ class Service:
             # As the client wrote it: the tenant is told beside it.
             call.program, call.stage = told_id(program), program.stage
         call.sampling = {name: value for name in TRACED if (value := getattr(params, name)) is not None}
-        return Job(caller, call, parts, slo, ask.priority or 0, salt_of(ask, caller.salt), program)
+        salt, affinity = salt_of(ask, caller.salt), affinity_of(ask, caller.tenant)
+        return Job(caller, call, parts, slo, ask.priority or 0, salt, affinity, program)
 
     def admit(self, job: Job) -> None:
         """Takes a place for all of a job. Raises BadRequest for what no engine could take, and Overloaded."""
@@ -392,6 +403,7 @@ class Service:
             priority=job.priority,
             background=job.caller.background,
             cache_salt=job.salt,
+            affinity=job.affinity,
             label=job.caller.label,
         )
 

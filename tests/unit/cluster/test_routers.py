@@ -19,11 +19,10 @@ def fleet(name, speeds=(1.0, 1.0, 1.0), **options):
     return Fleet(registry.make("router", Choice(name, options)), members)
 
 
-def request(number, tokens=(), length=10, session=""):
+def request(number, tokens=(), length=10, session="", affinity=""):
     program = Program(session, number) if session else None
-    return Request(
-        number, (Tokens(tuple(tokens) or tuple(range(number * 1000, number * 1000 + length))),), program=program
-    )
+    prompt = Tokens(tuple(tokens) or tuple(range(number * 1000, number * 1000 + length)))
+    return Request(number, (prompt,), program=program, affinity=affinity)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -76,6 +75,28 @@ def test_calls_of_a_program_stay_together():
     places = {n: books.send(request(n, session="ab"[n % 2]), 0.0)[1] for n in range(1, 11)}
     assert {places[n] for n in places if n % 2} == {places[1]} and {places[n] for n in (2, 4, 6)} == {places[2]}
     assert places[1] != places[2]
+
+
+def test_requests_of_one_affinity_stay_together_until_their_engine_has_much_more_to_do():
+    books = fleet("session", more=4, times=1.5)
+    first = books.send(request(1, affinity="a"), 0.0)[1]
+    other = books.send(request(2, affinity="b"), 0.0)[1]
+    assert first != other
+    assert [books.send(request(n, affinity="a"), 0.0)[1] for n in range(3, 7)] == [first] * 4
+    aside = {books.send(request(n, affinity="a"), 0.0)[1] for n in range(7, 10)}
+    assert aside - {first}
+    # A program goes where its first call went, whatever affinity its calls have.
+    begun = books.send(request(10, session="p"), 0.0)[1]
+    assert books.send(request(11, session="p", affinity="b"), 0.0)[1] == begun
+    assert books.send(request(12, affinity="b"), 0.0)[1] == other
+
+
+def test_an_affinity_whose_engine_is_lost_finds_another_and_stays_there():
+    books = fleet("session")
+    place = books.send(request(1, affinity="a"), 0.0)[1]
+    books.lost(place, 1.0)
+    found = {books.send(request(n, affinity="a"), 2.0)[1] for n in range(2, 6)}
+    assert len(found) == 1 and place not in found
 
 
 def test_a_prefix_is_sought_where_it_was_sent_until_loads_are_out_of_balance():

@@ -124,6 +124,18 @@ def test_every_route_takes_wishes_beside_it(server: Any, path: str) -> None:
     assert server.post(path, {**BODIES[path], "slo": {"e2e_s": 0}}).status == 400
 
 
+@pytest.mark.parametrize("path", [path for path in BODIES if "messages" not in path])
+def test_a_key_of_the_prompt_cache_is_an_affinity_of_the_tenants_own(server: Any, path: str) -> None:
+    answer = server.post(path, {**BODIES[path], "prompt_cache_key": "docs"})
+    assert answer.status == 200, answer.body
+    assert server.post(path, BODIES[path]).status == 200
+    assert [one.affinity for one in server.asked] == ["alice\0docs", ""]
+    assert "x-millstream-warning" not in answer.headers
+    for bad in ("", "k" * 257, "a\nb", "bob\0docs", 7):
+        refused = server.post(path, {**BODIES[path], "prompt_cache_key": bad})
+        assert (refused.status, refused.json["error"]["param"]) == (400, "prompt_cache_key")
+
+
 def test_who_names_none_has_none(server: Any) -> None:
     for path, body in BODIES.items():
         assert server.post(path, {**body, "store": False} if "responses" in path else body).status == 200

@@ -1,6 +1,8 @@
 """Calls of one program stay where the first of them went: their prompts grow by what was said, and it is held there.
 
-A request of no program goes to the engine with the least work. A program whose engine is lost finds another.
+Requests of one affinity (a client's `prompt_cache_key`) stay together too while loads are balanced, where they are of
+no program that has a place: there may be very many of them at once, which calls of a program are not. Others go to the
+engine with the least work, and so do those whose engine is lost.
 """
 
 from __future__ import annotations
@@ -16,35 +18,50 @@ from millstream.core.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """`remember`: programs whose place is kept, the least recently seen forgotten first."""
+    """`remember`: programs, and affinities, whose place is kept, the least recently seen forgotten first. Loads are out
+    of balance where an affinity's engine has `more` requests more than the idlest, and `times` as many."""
 
     remember: int = 65_536
+    more: int = 32
+    times: float = 1.5
 
     def __post_init__(self) -> None:
-        if self.remember < 1:
-            raise ValueError(f"remember must be at least 1, got {self.remember}")
+        if self.remember < 1 or self.more < 0 or self.times < 1:
+            raise ValueError(f"remember and times must be at least 1, more at least 0, got {self}")
 
 
 class Session(Router):
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._places: OrderedDict[str, int] = OrderedDict()
+        self._programs: OrderedDict[str, int] = OrderedDict()
+        self._affinities: OrderedDict[str, int] = OrderedDict()
 
     def pick(self, request: Request, members: Sequence[Member], now: float) -> int:
-        if request.program is None:
+        at = {member.place: member for member in members}
+        if request.program is not None and (place := self._programs.get(request.program.id, -1)) in at:
+            return place
+        held, low = at.get(self._affinities.get(request.affinity, -1)), min(member.requests for member in members)
+        if held is None or (held.requests - low > self.config.more and held.requests > self.config.times * low):
             return least_used(members)
-        place = self._places.get(request.program.id)
-        if place is None or all(member.place != place for member in members):
-            place = least_used(members)
-        return place
+        return held.place
 
     def sent(self, request: Request, place: int, now: float) -> None:
         if request.program is not None:
-            self._places[request.program.id] = place
-            self._places.move_to_end(request.program.id)
-            if len(self._places) > self.config.remember:
-                self._places.popitem(last=False)
+            self._keep(self._programs, request.program.id, place)
+        if request.affinity:
+            # Those that went elsewhere for its load do not take the others with them.
+            self._keep(self._affinities, request.affinity, self._affinities.get(request.affinity, place))
+
+    def lost(self, place: int) -> None:
+        for name in [name for name, where in self._affinities.items() if where == place]:
+            del self._affinities[name]
+
+    def _keep(self, places: OrderedDict[str, int], name: str, place: int) -> None:
+        places[name] = place
+        places.move_to_end(name)
+        if len(places) > self.config.remember:
+            places.popitem(last=False)
 
 
-CARD = Card("session", "calls of a program where its first one went")
+CARD = Card("session", "calls of a program, or of one prompt_cache_key, where the first one went")
 PLUGIN = Session

@@ -16,7 +16,7 @@ from millstream.core.request import MAX_N, MAX_STAGE_CHARS, Program, SamplingPar
 # What OpenAI's clients send and what means nothing here: taken, and no word lost about it.
 IGNORED = frozenset(
     {
-        "audio", "metadata", "modalities", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "audio", "metadata", "modalities", "prediction", "prompt_cache_retention",
         "safety_identifier", "service_tier", "store", "user", "verbosity", "web_search_options",
     }
 )  # fmt: skip
@@ -98,6 +98,7 @@ class Sampling(Timed, kw_only=True):
     guided_decoding_backend: str | None = None
     guided_whitespace_pattern: str | None = None
     cache_salt: str | None = None
+    prompt_cache_key: str | None = None
     program: str | ProgramAsk | None = None
     return_token_ids: bool | None = None
 
@@ -249,6 +250,14 @@ def salt_of(ask: Sampling, salt: str) -> str:
         raise BadRequest("cache_salt", f"{len(ask.cache_salt)} characters", f"1 to {MAX_SALT} characters")
     # Another tenant's salt cannot be spelled: each has its own before it.
     return f"{salt}\x00{ask.cache_salt}"
+
+
+def affinity_of(ask: Sampling, tenant: str) -> str:
+    """What routers keep the requests of one prompt_cache_key together by, the tenant's own. Raises BadRequest."""
+    if ask.prompt_cache_key is None:
+        return ""
+    _check_words("prompt_cache_key", ask.prompt_cache_key, MAX_PROGRAM)
+    return f"{tenant}{_APART}{ask.prompt_cache_key}"
 
 
 def told_program(given: str | ProgramAsk | None, header: str | None) -> ProgramAsk | None:

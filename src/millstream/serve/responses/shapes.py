@@ -237,7 +237,7 @@ def to_chat(ask: Ask, items: Sequence[Item]) -> dict[str, Any]:
         chat |= {"logprobs": True, "top_logprobs": ask.top_logprobs or 0}
     if ask.reasoning and ask.reasoning.get("effort") is not None:
         chat["reasoning_effort"] = ask.reasoning["effort"]
-    for name in ("temperature", "top_p", "service_tier", "user", *EXTENSIONS):
+    for name in ("temperature", "top_p", "service_tier", "user", "prompt_cache_key", *EXTENSIONS):
         if getattr(ask, name) is not None:
             chat[name] = getattr(ask, name)
     return chat
