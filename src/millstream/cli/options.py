@@ -62,14 +62,13 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The config of `engine_arguments`. Raises ConfigError and BadFile."""
-    from millstream.config.load import build, merge, parse_sets, read_file
+    from millstream.config.load import blamed_on, build, merge, parse_sets, read_file
     from millstream.config.schema import EngineConfig
 
     short = {key: value for key in ("dtype", "weights", "max_context") if (value := getattr(args, key)) is not None}
-    return build(
-        EngineConfig,
-        merge(read_file(args.config) if args.config else {}, parse_sets(args.set), {"model": short} if short else {}),
-    )
+    file = read_file(args.config) if args.config else {}
+    with blamed_on(args.config):
+        return build(EngineConfig, merge(file, parse_sets(args.set), {"model": short} if short else {}))
 
 
 def open_llm(args: argparse.Namespace, listeners: Sequence[Callable[[Event], None]] = ()) -> LLM:

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from millstream.cli.options import MODEL_HELP
-from millstream.core.errors import ConfigError
+from millstream.core.errors import ConfigError, SettingError
 from millstream.core.logs import FORMATS, LEVELS
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -125,7 +125,10 @@ def run(args: argparse.Namespace) -> int:
         print(sealed(f"{args.hash_key}:{_asked()}"))
         return 0
     tree = tree_of_arguments(args)
-    checked = check(tree)
+    from millstream.config.load import blamed_on
+
+    with blamed_on(args.config):
+        checked = check(tree)
     if args.print_config:
         print(json.dumps(checked, indent=2))
         return 0
@@ -183,9 +186,11 @@ def check(tree: Mapping[str, Any]) -> dict[str, Any]:
             from millstream.core.errors import nearest
 
             close = nearest(name, (*known, *_OF_ENGINE))
-            raise ConfigError(
+            raise SettingError(
+                name,
+                tree[name],
                 f"there is no setting {name!r}" + (f"; the nearest is {close!r}" if close else "") + "; there are: "
-                f"{', '.join((*known, *_OF_ENGINE))}"
+                f"{', '.join((*known, *_OF_ENGINE))}",
             )
     serve = build(ServeConfig, tree["serve"], "serve")
     engine = build(EngineConfig, tree.get("engine", {}), "engine")

@@ -97,7 +97,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def scenario_of(args: argparse.Namespace) -> Any:
     """The scenario of a command line. Raises ConfigError, UnknownName and BadFile."""
-    from millstream.config.load import build, merge, read_file
+    from millstream.config.load import blamed_on, build, merge, read_file
     from millstream.core.errors import ConfigError
     from millstream.sim.scenario import Scenario
 
@@ -126,7 +126,8 @@ def scenario_of(args: argparse.Namespace) -> Any:
         if getattr(args, name):
             given[name] = True
     file = read_file(args.config) if args.config else {}
-    scenario = build(Scenario, merge(file, given))
+    with blamed_on(args.config):
+        scenario = build(Scenario, merge(file, given))
     for option in args.set:
         from millstream.sim.tune import parse_option, with_option
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from millstream.config.schema import LogConfig
-from millstream.core.errors import BadFile, ConfigError, nearest
+from millstream.core.errors import BadFile, ConfigError, SettingError, nearest
 from millstream.core.logs import set_up_logs
 from millstream.core.registry import Choice
 
@@ -108,7 +110,7 @@ def merge(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
-    """A config dataclass from a tree. Raises ConfigError on unknown keys (with the nearest) and on wrong types."""
+    """A config dataclass from a tree. Raises SettingError on unknown keys (with the nearest) and on wrong types."""
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     values = {}
@@ -116,13 +118,97 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
         path = f"{where}.{key}" if where else key
         if key not in known:
             close = nearest(key, known)
-            raise ConfigError(
+            raise SettingError(
+                path,
+                value,
                 f"there is no setting {path!r}"
                 + (f"; the nearest is {(where + '.' if where else '') + close!r}" if close else "")
-                + f"; there are: {', '.join(known)}"
+                + f"; there are: {', '.join(known)}",
             )
         values[key] = _value(hints[key], value, path)
     return kind(**values)
+
+
+@contextmanager
+def blamed_on(path: str | Path | None) -> Iterator[None]:
+    """An error of a setting that stands in this file tells the file and the line. Raises what is raised inside."""
+    try:
+        yield
+    except SettingError as error:
+        if path is None or (line := line_of(Path(path), error.setting, error.value)) is None:
+            raise
+        raise ConfigError(f"{path}, line {line}: {error}") from None
+
+
+def line_of(path: Path, setting: str, value: object) -> int | None:
+    """Where a file gives a setting this value, from 1; None where it does not. `[engine.sched]` may be just `[sched]`.
+
+    Of a setting in a list of tables the place is part of the name: `tenants[1].rate`.
+    """
+    try:
+        text, tree = path.read_text(encoding="utf-8"), read_file(path)
+        lines = _toml_lines(text) if path.suffix not in (".yaml", ".yml", ".json") else _yaml_lines(text)
+    except (BadFile, OSError):  # it is not there any more, or has changed
+        return None
+    for name in (setting, setting.partition(".")[2]):
+        given = _given(tree, name)
+        if name in lines and (given == value or (isinstance(given, list) and value in given)):
+            return lines[name]
+    return None
+
+
+def _given(tree: Any, setting: str) -> Any:
+    for part in re.findall(r"[^.\[\]]+", setting):
+        try:
+            tree = tree[int(part) if isinstance(tree, list) else part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return tree
+
+
+_HEAD = re.compile(r"\s*(\[{1,2})\s*([\w.\-\"' ]+?)\s*\]")
+_KEY = re.compile(r"\s*([\w.\-\"' ]+?)\s*=")
+
+
+def _toml_lines(text: str) -> dict[str, int]:
+    table, counts, lines = "", dict[str, int](), dict[str, int]()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if head := _HEAD.match(line):
+            table = _plain(head[2])
+            if head[1] == "[[":
+                counts[table] = counts.get(table, -1) + 1
+                table = f"{table}[{counts[table]}]"
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            lines.setdefault(f"{table}.{_plain(key[1])}".lstrip("."), number)
+            # Tables inline: their settings stand on this line too.
+            for inner in re.findall(r"[{,]\s*([\w\-]+)\s*=", line):
+                lines.setdefault(f"{table}.{_plain(key[1])}.{inner}".lstrip("."), number)
+    return lines
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s\"']", "", name)
+
+
+def _yaml_lines(text: str) -> dict[str, int]:
+    """Of YAML, and of JSON, which is some."""
+    import yaml
+
+    lines: dict[str, int] = {}
+
+    def walk(node: Any, name: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                own = f"{name}.{key.value}".lstrip(".")
+                lines[own] = key.start_mark.line + 1
+                walk(value, own)
+        elif isinstance(node, yaml.SequenceNode):
+            for place, value in enumerate(node.value):
+                walk(value, f"{name}[{place}]")
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    return lines
 
 
 def log_by(tree: Mapping[str, Any]) -> None:
@@ -181,7 +267,11 @@ def _value(hint: Any, value: Any, path: str) -> Any:
                 return {str(name): _value(inside, item, f"{path}.{name}") for name, item in value.items()}
         elif typing.get_origin(option) is tuple:
             if isinstance(value, list | tuple):
-                return tuple(_value(typing.get_args(option)[0], item, path) for item in value)
+                inner = typing.get_args(option)[0]
+                tables = dataclasses.is_dataclass(inner) and inner is not Choice
+                return tuple(
+                    _value(inner, item, f"{path}[{place}]" if tables else path) for place, item in enumerate(value)
+                )
             inner = typing.get_args(option)[0]
             number = isinstance(value, int | float | bool | None)
             if value != "auto" and (not number or (inner in (int, float) and not isinstance(value, bool | None))):
@@ -196,7 +286,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             isinstance(value, option) and not (option is int and isinstance(value, bool))
         ):
             return value
-    raise ConfigError(f"{path}: got {value!r}, allowed is {_spell(options)}")
+    raise SettingError(path, value, f"{path}: got {value!r}, allowed is {_spell(options)}")
 
 
 def _spell(options: Sequence[Any]) -> str:

@@ -63,6 +63,15 @@ class ConfigError(MillstreamError):
     """A configuration value, or a combination of values, is wrong."""
 
 
+class SettingError(ConfigError):
+    """One setting is wrong, or there is none of that name. `setting` is its place in the tree, with dots, and `value`
+    what it was given."""
+
+    def __init__(self, setting: str, value: object, what: str) -> None:
+        self.setting, self.value = setting, value
+        super().__init__(what)
+
+
 class ModelError(MillstreamError):
     """A model cannot be loaded as it is."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from millstream.config.load import build, merge, read_file
+from millstream.config.load import blamed_on, build, merge, read_file
 from millstream.config.schema import EngineConfig
 from millstream.core.client import Chunk
 from millstream.core.errors import BadRequest, RequestFault
@@ -66,8 +66,10 @@ def engine_config(config: EngineConfig | Mapping[str, Any] | str | Path | None, 
         tree = read_file(config)
     else:
         tree = config or {}
+    file = config if isinstance(config, str | Path) else None
     short = {key: options.pop(key) for key in ("dtype", "weights", "max_context") if key in options}
-    return build(EngineConfig, merge(tree, options, {"model": short} if short else {}))
+    with blamed_on(file):
+        return build(EngineConfig, merge(tree, options, {"model": short} if short else {}))
 
 
 class _Front:

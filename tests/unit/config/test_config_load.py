@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from millstream.config.load import build, data_dir, home, merge, parse_bytes, parse_sets, read_file, tree_of
+from millstream.config.load import (
+    blamed_on,
+    build,
+    data_dir,
+    home,
+    line_of,
+    merge,
+    parse_bytes,
+    parse_sets,
+    read_file,
+    tree_of,
+)
 from millstream.config.schema import EngineConfig
 from millstream.core.errors import BadFile, ConfigError
 from millstream.core.registry import Choice
@@ -101,6 +112,65 @@ def test_files_are_read_and_their_errors_carry_the_path(tmp_path):
             read_file(tmp_path / name)
     with pytest.raises(BadFile, match="missing"):
         read_file(tmp_path / "missing.toml")
+
+
+TOML = """
+rate = 2.0
+# rate = "fast"
+[sched]
+policies = ["fcfs", 3]
+[engine.model]
+weight = "blocks"
+cache = { blocks = "many", bytes = 4 }
+[[tenants]]
+rate = 1.0
+[[tenants]]
+rate = "fast"
+"""
+YAML = """rate: 2.0
+sched:
+  policies: [fcfs, 3]
+engine:
+  model:
+    weight: blocks
+    cache: {blocks: many}
+tenants:
+  - rate: 1.0
+  -
+    rate: fast
+"""
+JSON = '{"rate": 2.0,\n "sched": {"policies": ["fcfs", 3]},\n "tenants": [{"rate": 1.0},\n {"rate": "fast"}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "lines"),
+    [("a.toml", TOML, (2, 5, 7, 8, 12)), ("a.yaml", YAML, (1, 3, 6, 7, 11)), ("a.json", JSON, (1, 2, None, None, 4))],
+)
+def test_a_setting_is_found_in_its_file(tmp_path, name, text, lines):
+    (tmp_path / name).write_text(text)
+    settings = {
+        "rate": 2.0,
+        "engine.sched.policies": 3,
+        "engine.model.weight": "blocks",
+        "engine.model.cache.blocks": "many",
+        "tenants[1].rate": "fast",
+    }
+    assert tuple(line_of(tmp_path / name, setting, value) for setting, value in settings.items()) == lines
+    # What the file does not say is not its fault.
+    assert line_of(tmp_path / name, "rate", "fast") is None and line_of(tmp_path / name, "speed", 1) is None
+    assert line_of(tmp_path / "gone.toml", "rate", 2.0) is None
+
+
+def test_an_error_of_a_setting_names_file_and_line_where_it_stands_in_one(tmp_path):
+    file = tmp_path / "engine.toml"
+    file.write_text("[sched]\nmax_rows = 4\npolicis = 1\n")
+    for tree, message in (
+        (read_file(file), f"{file}, line 3: there is no setting 'sched.policis'; the nearest is 'sched.policies'"),
+        ({"sched": {"max_rows": "four"}}, "sched.max_rows: got 'four'"),
+    ):
+        with pytest.raises(ConfigError) as caught, blamed_on(file):
+            build(EngineConfig, tree)
+        assert str(caught.value).startswith(message)
 
 
 def test_folders_come_from_the_environment(monkeypatch, tmp_path):
