@@ -19,13 +19,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from millstream.core.errors import BadFile, BadRequest, Told, UnknownName
+from millstream.core.errors import BadFile, UnknownName
 from millstream.sim import data
 
 # Tokens that one entry of `blocks` stands for.
 BLOCK_TOKENS = 512
-# Of a trace of one's own; blocks are numbers with spaces between.
-COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "tenant", "session", "think_s", "blocks")
+# Of a CSV: time, tokens of the prompt and of the output. Of one's own, Azure's, BurstGPT's and Vidur's.
+TABLES = (
+    ("arrival_s", "prompt_tokens", "output_tokens"),
+    ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    ("Timestamp", "Request tokens", "Response tokens"),
+    ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
+)
+# What may stand beside them; blocks are numbers with spaces between.
+MORE = ("tenant", "session", "think_s", "blocks")
 # ServeGen tells rates by windows; a part of the day is taken.
 WINDOW_S, WINDOWS = 600.0, 2
 
@@ -62,23 +69,45 @@ def load(name: str) -> list[Row]:
 
 
 def load_file(path: Path) -> list[Row]:
-    """A trace of one's own: a CSV with the columns `COLUMNS`, or JSON lines in Mooncake's form, gzipped or not.
+    """A trace of one's own, in a form that published ones have, gzipped or not.
 
-    Those have timestamp (ms), input_length, output_length and hash_ids (optional). Raises BadFile naming the line.
+    A CSV with the columns of one of TABLES and, where wanted, those of MORE; times are seconds, or dates with times.
+    Or JSON lines as of Mooncake (timestamp in ms, input_length, output_length, hash_ids), of agents' sessions
+    (session_id, input_tokens, output_tokens, and end_time_s with duration_ms, or think_time_s), of workflows (calls) or
+    of ServeGen's clients. Or numbers alone, one a line: arrivals in seconds. Raises BadFile naming the line.
     """
-    rows = _from_zero(_table(path) if ".csv" in path.suffixes else _mooncake(path))
+    rows = _from_zero((_table if ".csv" in path.suffixes else _form_of(path))(path))
     if not rows:
         raise BadFile(path, "has no requests")
     return rows
 
 
+def _form_of(path: Path) -> Callable[[Path], Iterator[Row]]:
+    """How JSON lines, or numbers, are read: by the first one."""
+    number, line = next(_lines(path), (1, "{}"))
+    try:
+        first = json.loads(line)
+    except ValueError as error:
+        raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
+    if isinstance(first, int | float) and not isinstance(first, bool):
+        return _arrivals
+    if not isinstance(first, dict):
+        raise BadFile(path, f"line {number}: is neither an object nor a number")
+    forms = (("calls", _workflows), ("trace_csv", _servegen), ("duration_ms", _agents), ("session_id", _coding))
+    return next((form for name, form in forms if name in first), _mooncake)
+
+
 def _from_zero(rows: Iterator[Row]) -> list[Row]:
     found = sorted(rows, key=lambda row: row.at_s)
-    for row in found:
-        if row.num_prompt < 1 or row.num_output < 0 or not math.isfinite(row.at_s):
-            got = f"{row.num_prompt} and {row.num_output} tokens at {row.at_s} s"
-            raise BadRequest("trace", Told(got), "1 token or more, 0 or more, and a time")
     return [replace(row, at_s=row.at_s - found[0].at_s) for row in found]
+
+
+def _row(at_s: float, prompt: int, output: int, *more: Any, **named: Any) -> Row:
+    """Raises ValueError for what no request can be."""
+    if prompt < 1 or output < 0 or not math.isfinite(at_s):
+        got = f"got {prompt} and {output} tokens at {at_s} s"
+        raise ValueError(f"{got}; a prompt has 1 token or more, an output 0 or more, and times are numbers")
+    return Row(at_s, prompt, output, *more, **named)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -86,22 +115,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(data.read(path).splitlines(), start=1) if line.strip())
 
 
-def _azure(path: Path) -> Iterator[Row]:
-    for number, row in enumerate(csv.DictReader(io.StringIO(data.read(path))), start=2):
-        try:
-            # Seven digits of a second are written; datetime takes six.
-            at = datetime.fromisoformat(row["TIMESTAMP"][:26]).replace(tzinfo=UTC).timestamp()
-            yield Row(at, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadFile(path, f"line {number}: {error}") from error
-
-
 def _mooncake(path: Path) -> Iterator[Row]:
     for number, line in _lines(path):
         try:
             row = json.loads(line)
             blocks = tuple(int(block) for block in row.get("hash_ids", ()))
-            yield Row(row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), blocks)
+            yield _row(row["timestamp"] / 1000, int(row["input_length"]), int(row["output_length"]), blocks)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
 
@@ -110,28 +129,39 @@ def _arrivals(path: Path) -> Iterator[Row]:
     lengths = itertools.cycle(data.lengths("sharegpt-lengths"))
     for number, line in _lines(path):
         try:
-            at = float(line)
+            yield _row(float(line), *next(lengths))
         except ValueError as error:
             raise BadFile(path, f"line {number}: {error}") from error
-        yield Row(at, *next(lengths))
 
 
 def _table(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(data.read(path)))
-    missing = [name for name in COLUMNS[:3] if name not in (reader.fieldnames or ())]
-    if missing:
-        columns = ", ".join(COLUMNS)
-        raise BadFile(path, f"has no column {missing[0]}; columns are {columns} (the last four may be left out)")
+    # A byte order mark is what spreadsheets begin with.
+    reader = csv.DictReader(io.StringIO(data.read(path).removeprefix("\ufeff")))
+    there = [name.strip() for name in reader.fieldnames or ()]
+    reader.fieldnames = there
+    names = next((names for names in TABLES if set(names) <= set(there)), None)
+    if names is None:
+        nearest = max(TABLES, key=lambda names: len(set(names) & set(there)))
+        missing = next(name for name in nearest if name not in there)
+        known = " or ".join(", ".join(names) for names in TABLES)
+        raise BadFile(path, f"has no column {missing}; columns are {known}; and, where wanted, {', '.join(MORE)}")
     for number, row in enumerate(reader, start=2):
         try:
-            at, prompt, output = float(row["arrival_s"]), int(row["prompt_tokens"]), int(row["output_tokens"])
-            if prompt < 1 or output < 0 or not math.isfinite(at):
-                raise ValueError("a prompt has 1 token or more, an output 0 or more, and times are numbers")
+            at, prompt, output = _time_s(row[names[0]]), int(row[names[1]]), int(row[names[2]])
             blocks = tuple(int(block) for block in (row.get("blocks") or "").split())
             think = float(row.get("think_s") or 0)
-            yield Row(at, prompt, output, blocks, row.get("tenant") or "", row.get("session") or "", think)
+            yield _row(at, prompt, output, blocks, row.get("tenant") or "", row.get("session") or "", think)
         except (TypeError, ValueError) as error:
             raise BadFile(path, f"line {number}: {error}") from error
+
+
+def _time_s(text: str) -> float:
+    """Seconds, or a date with a time. Raises ValueError."""
+    try:
+        return float(text)
+    except ValueError:
+        # Seven digits of a second are written; datetime takes six.
+        return datetime.fromisoformat(text[:26]).replace(tzinfo=UTC).timestamp()
 
 
 def _lengths(name: str) -> Callable[[Path], Iterator[Row]]:
@@ -152,7 +182,7 @@ def _agents(path: Path) -> Iterator[Row]:
             think = max(0.0, start - before)
             if not int(row["input_tokens"]):
                 continue  # it failed before it was read
-            yield Row(first, int(row["input_tokens"]), max(1, int(row["output_tokens"])), (), "", session, think)
+            yield _row(first, int(row["input_tokens"]), max(1, int(row["output_tokens"])), (), "", session, think)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
 
@@ -167,7 +197,7 @@ def _coding(path: Path) -> Iterator[Row]:
             first = begun.setdefault(session, 60.0 * len(begun))
             think = max(0.0, float(row.get("think_time_s") or 0))
             prompt, output = max(1, int(row["input_tokens"])), max(1, int(row["output_tokens"]))
-            yield Row(first, prompt, output, (), "", session, think)
+            yield _row(first, prompt, output, (), "", session, think)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
 
@@ -190,13 +220,13 @@ def _workflows(path: Path) -> Iterator[Row]:
                 raise ValueError("a workflow has one call or more")
             for call in calls:
                 step, prompt, output = str(call["step"]), int(call["input_length"]), int(call["output_length"])
-                if prompt < 1 or output < 0:
-                    raise ValueError(f"{prompt} and {output} tokens; a prompt has 1 or more, an output 0 or more")
                 if step != before or step not in _SIDE_BY_SIDE:
                     wave += 1
                 before = step
                 at, session = WORKFLOW_GAP_S * place, f"query-{place}"
-                yield Row(at, prompt, max(1, output), session=session, stage=step, wave=wave)
+                yield replace(
+                    _row(at, prompt, output, session=session, stage=step, wave=wave), num_output=max(1, output)
+                )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
 
@@ -225,7 +255,7 @@ def _servegen(path: Path) -> Iterator[Row]:
                     at += draw.gammavariate(shape, 1 / (shape * rate))
                     if at >= start + WINDOW_S:
                         break
-                    yield Row(at, max(1, _drawn(draw, prompts)), max(1, _drawn(draw, outputs)), (), client)
+                    yield _row(at, max(1, _drawn(draw, prompts)), max(1, _drawn(draw, outputs)), (), client)
         except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
             raise BadFile(path, f"line {number}: {type(error).__name__} {error}") from error
 
@@ -252,8 +282,8 @@ def _drawn(draw: random.Random, histogram: _Histogram) -> int:
 
 # Name -> (data set, how its file is read).
 TRACES: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
-    "azure-conv": ("azure-conv", _azure),
-    "azure-code": ("azure-code", _azure),
+    "azure-conv": ("azure-conv", _table),
+    "azure-code": ("azure-code", _table),
     "mooncake": ("mooncake-conversation", _mooncake),
     "mooncake-synthetic": ("mooncake-synthetic", _mooncake),
     "mooncake-toolagent": ("mooncake-toolagent", _mooncake),

@@ -91,6 +91,58 @@ def test_a_trace_of_ones_own(tmp_path) -> None:
         workload.load("azure-com")
 
 
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+BURST = "\ufeffTimestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+AGENT = '{"session_id": 1, "end_time_s": 9, "duration_ms": 2000, "input_tokens": %s, "output_tokens": 4}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("azure.csv", AZURE + "2023-11-16 18:15:46.6805900,9,4\n", "2023-11-16 18:15:49,0,4"),
+        ("2024.csv", AZURE + "2024-05-10 00:00:00.000000+00:00,9,4\n", "yesterday,9,4"),
+        ("burst.csv", BURST + "5,m,9,4,13,API log\n", "5,m,9"),
+        ("vidur.csv", "arrived_at, num_prefill_tokens, num_decode_tokens\n0.5,9,4\n", "0.5,9,-1"),
+        (
+            "mooncake.jsonl",
+            '{"timestamp": 7, "input_length": 9, "output_length": 4, "hash_ids": [46]}\n',
+            '{"timestamp": 7}',
+        ),
+        ("agents.jsonl", AGENT % 9, AGENT % -9),
+        ("coding.jsonl", '{"session_id": "a", "think_time_s": null, "input_tokens": 9, "output_tokens": 4}\n', "[]"),
+        (
+            "flows.jsonl",
+            '\n{"calls": [{"step": "a", "input_length": 9, "output_length": 4}]}\n',
+            '{"calls": [{"step": "a", "input_length": 0, "output_length": 4}]}',
+        ),
+    ],
+)
+def test_a_trace_of_ones_own_may_have_a_published_form(tmp_path, name, good, bad) -> None:
+    path = tmp_path / name
+    path.write_text(good)
+    (row,) = workload.load(str(path))
+    assert (row.at_s, row.num_prompt, row.num_output) == (0.0, 9, 4)
+    path.write_text(good + bad)
+    with pytest.raises(BadFile, match=rf"line {len(good.splitlines()) + 1}\b"):
+        workload.load(str(path))
+
+
+def test_arrivals_of_ones_own_take_lengths_from_elsewhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(data, "lengths", lambda name: [(7, 3), (5, 2)])
+    (tmp_path / "times.txt").write_text("2.5\n1\n4e0\n")
+    rows = workload.load(str(tmp_path / "times.txt"))
+    assert [(row.at_s, row.num_prompt) for row in rows] == [(0.0, 5), (1.5, 7), (3.0, 7)]
+    for text, said in (
+        ("1\nx\n", "line 2"),
+        ("[1]\n", "line 1: is neither"),
+        ("hello\n", "line 1"),
+        ("1\nnan\n", "line 2"),
+    ):
+        (tmp_path / "times.txt").write_text(text)
+        with pytest.raises(BadFile, match=said):
+            workload.load(str(tmp_path / "times.txt"))
+
+
 def test_agents_think_between_their_calls(tmp_path) -> None:
     path = tmp_path / "agents.jsonl"
     path.write_text(
