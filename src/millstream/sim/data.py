@@ -436,6 +436,8 @@ def read(path: Path) -> str:
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise BadFile(path, f"cannot be read: {error.strerror}") from error
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadFile(path, f"is damaged: {error}") from error
 
