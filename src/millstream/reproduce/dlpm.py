@@ -36,7 +36,8 @@ from millstream.reproduce.protocol import (
 from millstream.sim.workload import Call
 
 PROFILE = "vidur-a100-llama3-8b-tp1"
-QUANTUM, SMALL, LARGE = 2048.0, 256.0, 65536.0
+# A prompt of which nothing is held costs some 500; of eight engines, whose prompts are longer, four times as much.
+QUANTUM, SMALL, LARGE, FLEET = 512.0, 128.0, 65536.0, 2048.0
 POLICIES: dict[str, tuple[Choice, ...]] = {
     "fcfs": (Choice("fcfs"),),
     "vtc": (Choice("vtc"), Choice("fcfs")),
@@ -163,7 +164,7 @@ class Dlpm(Experiment):
         ),
     )
     warmup = 0
-    seconds = 700.0
+    seconds = 900.0
     sources = (
         "millstream.sched.scheduler",
         "millstream.memory.prefix.radix",
@@ -295,7 +296,7 @@ class Dlpm(Experiment):
         engine = {
             "model": {"weights": "blocks"},
             "cache": {"bytes": WORKER_CACHE * model.built.kv_bytes // held},
-            "sched": {"policies": [{"name": "dlpm", "quantum": QUANTUM}], "max_rows": 8},
+            "sched": {"policies": [{"name": "dlpm", "quantum": FLEET}], "max_rows": 8},
             "runner": {"threads": 1},
             "seed": 0,
         }
@@ -367,7 +368,7 @@ class Dlpm(Experiment):
         calls = self._made(sent, draw, 2048, (32, 256), (16, 96), 4)
         blocks = 12_000 // self.profile.block_size
         profile = self.profile.sized(blocks)
-        setting = EngineSetting((Choice("dlpm", {"quantum": QUANTUM}),))
+        setting = EngineSetting((Choice("dlpm", {"quantum": FLEET}),))
         router = registry.make("router", ROUTERS[name])
         result = Simulation(calls, [(f"engine {n}", profile) for n in range(ENGINES)], setting, router, seed=0).run()
         tenants: dict[str, list[Any]] = {}
