@@ -36,7 +36,7 @@ from millstream.reproduce.protocol import (
 from millstream.sim.workload import Call
 
 PROFILE = "vidur-a100-llama3-8b-tp1"
-# A prompt of which nothing is held costs some 500; of eight engines, whose prompts are longer, four times as much.
+# About what a prompt costs of which nothing is held; of engines behind routers, four times as much.
 QUANTUM, SMALL, LARGE, FLEET = 512.0, 128.0, 65536.0, 2048.0
 POLICIES: dict[str, tuple[Choice, ...]] = {
     "fcfs": (Choice("fcfs"),),
