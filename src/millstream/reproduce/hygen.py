@@ -268,6 +268,8 @@ class Hygen(Experiment):
             own = (1 << 39) + ((seed * 10_000 + place) << 20)
             prompt = (*range(text, text + ground.document), *range(own, own + draw.randint(*ground.question)))
             at = 0.0 if rate is None else (place + 0.5) / rate
+            if at >= ground.seconds:
+                break
             answer = draw.randint(*ground.answer)
             calls.append(Call(100_000 + place, at, prompt, answer, "offline", priority=OFFLINE))
         return calls
