@@ -68,8 +68,6 @@ STEP_TOKENS, CACHE = 512, 8192
 MARGINS = {"hygen": 0.2, "hygen-half": 0.5}
 # What is found must keep the limit with this much of it to spare, since a 99th percentile varies from run to run.
 SPARE, TRIES = 0.08, 5
-# Of the largest step that offline work at a fixed rate could have: those that are tried.
-CHUNKS = (1.0, 0.75, 0.5)
 OFFLINE = 1
 
 
@@ -334,22 +332,18 @@ class Hygen(Experiment):
         """Tokens of a step, and the most offline requests a second, that keep the limit without a model of times."""
         from millstream.sim.report import largest
 
+        # Chunks have to be small enough by themselves.
         profile = self.gpu if ground is CLUSTER else self.stage.profile
         assert profile is not None
-        # A step that is too long with nothing but two decodes beside its prompt is tried by nobody.
-        cost, most = profile.step_cost(), 8
-        while most < STEP_TOKENS and cost.seconds(StepShape(1, most, most * 200, 2, 200, 0, 3)) < limit:
-            most += 8
+        cost, tokens = profile.step_cost(), 8
+        while tokens < STEP_TOKENS and cost.seconds(StepShape(1, tokens, tokens * 200, 2, 200, 0, 3)) < limit:
+            tokens += 8
+        setting = self._setting(None, ground, step_tokens=tokens)
 
-        def rate(tokens: int) -> float:
-            setting = self._setting(None, ground, step_tokens=tokens)
-            return largest(
-                lambda rate: self._simulated(ctx, ground, setting, self._offline(95, rate, ground)) <= limit, 1.0
-            )
+        def keeps(rate: float) -> bool:
+            return self._simulated(ctx, ground, setting, self._offline(95, rate, ground)) <= limit
 
-        found = {tokens: rate(tokens) for tokens in dict.fromkeys(max(8, round(share * most)) for share in CHUNKS)}
-        best = max(found, key=found.__getitem__)
-        return best, max(0.05, found[best])
+        return tokens, max(0.05, largest(keeps, 1.0))
 
     # -- runs
 
