@@ -266,13 +266,12 @@ def _value(hint: Any, value: Any, path: str) -> Any:
                 inside = typing.get_args(option)[1]
                 return {str(name): _value(inside, item, f"{path}.{name}") for name, item in value.items()}
         elif typing.get_origin(option) is tuple:
+            inner = typing.get_args(option)[0]
             if isinstance(value, list | tuple):
-                inner = typing.get_args(option)[0]
                 tables = dataclasses.is_dataclass(inner) and inner is not Choice
                 return tuple(
                     _value(inner, item, f"{path}[{place}]" if tables else path) for place, item in enumerate(value)
                 )
-            inner = typing.get_args(option)[0]
             number = isinstance(value, int | float | bool | None)
             if value != "auto" and (not number or (inner in (int, float) and not isinstance(value, bool | None))):
                 return (_value(inner, value, path),)
