@@ -200,7 +200,7 @@ class Nexus(Experiment):
         return calls
 
     def _tune(self, ctx: Context) -> float:
-        """The least slack that costs next to nothing of the throughput, and has first tokens sooner than small steps."""
+        """The least slack that costs next to no throughput, and has first tokens sooner than small steps."""
         traffic = []
         for place in range(TUNING):
             ctx.repeat = -2 - place

@@ -1,4 +1,4 @@
-"""A picture of a run record: the arms' medians as bars, every repeat as a dot, required levels as lines.
+"""A picture of a run record: the arms' medians as bars, every repeat as a dot, required levels as marks at their arm.
 
 Needs matplotlib (extra `bench`). Text is of a grey that reads on white and on black alike, and the ground is clear,
 so one file serves light and dark pages.
@@ -28,7 +28,10 @@ def plot(record: Record, stem: Path) -> tuple[Path, Path]:
     if not metrics:
         raise ConfigError(f"the record of {record.name!r} ({record.verdict}) holds no measurement to draw")
     columns = min(3, len(metrics))
-    lines = -(-len(metrics) // columns)
+    counts = [sum(metric.name in arm.metrics for arm in record.arms) for metric in metrics]
+    # Each line of panels is as high as the arms of its fullest one take.
+    tallest = [max(counts[start : start + columns]) for start in range(0, len(metrics), columns)]
+    heights = [1.1 + 0.42 * most for most in tallest]
     style = {
         "font.size": 9.0,
         "text.color": INK,
@@ -43,16 +46,17 @@ def plot(record: Record, stem: Path) -> tuple[Path, Path]:
     from matplotlib.figure import Figure as Page
 
     with matplotlib.rc_context(style):
-        page = Page(figsize=(4.2 * columns, 0.9 + (1.3 + 0.42 * len(record.arms)) * lines), layout="constrained")
+        page = Page(figsize=(4.2 * columns, 0.9 + sum(heights)), layout="constrained")
         FigureCanvasAgg(page)
-        axes = page.subplots(lines, columns, squeeze=False)
+        axes = page.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
         for place, panel in enumerate(axes.flat):
             if place < len(metrics):
-                _panel(panel, record, metrics[place])
+                _panel(panel, record, metrics[place], tallest[place // columns])
             else:
                 panel.set_axis_off()
         quick = ", quick run" if record.quick else ""
-        page.suptitle(f"{record.title}\n{record.verdict}{quick}, {record.date[:10]}, {record.machine.cpu}", fontsize=10)
+        told = f"{record.verdict}{quick}, {record.date[:10]}, {record.machine.cpu}"
+        page.suptitle(f"{record.title}\n{told}; red: what is required of an arm, and on which side", fontsize=10)
         png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
         png.parent.mkdir(parents=True, exist_ok=True)
         page.savefig(png, dpi=150, transparent=True, metadata={"Software": None})
@@ -60,15 +64,15 @@ def plot(record: Record, stem: Path) -> tuple[Path, Path]:
     return png, svg
 
 
-def _panel(panel: Any, record: Record, metric: MetricRecord) -> None:
+def _panel(panel: Any, record: Record, metric: MetricRecord, room: int) -> None:
+    """With room for so many arms, of which those that measured it are drawn."""
     arms = [arm for arm in record.arms if metric.name in arm.metrics]
+    colours = {
+        arm.name: COLOURS[(place - 1) % len(COLOURS)] if place else BASELINE for place, arm in enumerate(record.arms)
+    }
     top = max(arm.metrics[metric.name].high for arm in arms)
-    for row, arm in enumerate(record.arms):
-        if metric.name not in arm.metrics:
-            panel.annotate("not measured", (0, row), xytext=(5, 0), textcoords="offset points", va="center")
-            continue
-        colour = BASELINE if row == 0 else COLOURS[(row - 1) % len(COLOURS)]
-        taken = arm.metrics[metric.name]
+    for row, arm in enumerate(arms):
+        colour, taken = colours[arm.name], arm.metrics[metric.name]
         panel.barh(row, taken.median, height=0.62, color=colour, alpha=0.45)
         count = len(taken.values)
         heights = [row + 0.4 * (i / (count - 1) - 0.5) if count > 1 else row for i in range(count)]
@@ -76,27 +80,22 @@ def _panel(panel: Any, record: Record, metric: MetricRecord) -> None:
         panel.annotate(
             f"{taken.median:.4g}",
             (max(taken.high, taken.median, 0), row),
-            xytext=(5, 0),
+            xytext=(8, 0),
             textcoords="offset points",
             va="center",
         )
+    rows = {arm.name: row for row, arm in enumerate(arms)}
     for need in record.required:
-        level = _level(record, need, metric.name)
-        if level is not None:
-            panel.axvline(level, color=LINE, linestyle="--", linewidth=1.1, zorder=2)
-            panel.annotate(
-                f"required of {_technique(record, need)}",
-                (level, 1.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(0, 2),
-                textcoords="offset points",
-                color=LINE,
-                fontsize=7,
-                ha="center",
-            )
-            top = max(top, level)
-    panel.set_yticks(range(len(record.arms)), [arm.name for arm in record.arms])
-    panel.set_ylim(-0.5, len(record.arms) - 0.5)
+        level, row = _level(record, need, metric.name), rows.get(_technique(record, need))
+        if level is None or row is None:
+            continue
+        # The arrow tells on which side of the mark the arm has to be.
+        least = (need.at_least is not None) == (need.over is None or _technique(record, need) == need.of.arm)
+        panel.vlines(level, row - 0.42, row + 0.42, color=LINE, linewidth=1.4, zorder=4)
+        panel.scatter(level, row - 0.42, marker=9 if least else 8, s=22, color=LINE, linewidths=0, zorder=4)
+        top = max(top, level)
+    panel.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    panel.set_ylim(-0.5, room - 0.5)
     panel.invert_yaxis()
     panel.set_xlim(right=top * 1.22 if top > 0 else None)
     arrow = {"lower": " (lower is better)", "higher": " (higher is better)"}.get(metric.better, "")

@@ -87,7 +87,7 @@ def test_a_trace_of_ones_own(tmp_path) -> None:
     lines.write_text('{"timestamp": 1000, "input_length": 5, "output_length": 2}\nnot json\n')
     with pytest.raises(BadFile, match="line 2"):
         workload.load(str(lines))
-    with pytest.raises(BadFile, match="none.csv: cannot be read: No such file"):
+    with pytest.raises(BadFile, match=r"none\.csv: cannot be read: No such file"):
         workload.load(str(tmp_path / "none.csv"))
     with pytest.raises(UnknownName, match="azure-conv"):
         workload.load("azure-com")
