@@ -131,13 +131,12 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str = "") -> T:
 
 @contextmanager
 def blamed_on(path: str | Path | None) -> Iterator[None]:
-    """An error of a setting that stands in this file tells the file and the line. Raises what is raised inside."""
+    """An error of a setting that stands in this file tells the file and the line: ConfigError for SettingError."""
     try:
         yield
     except SettingError as error:
-        if path is None or (line := line_of(Path(path), error.setting, error.value)) is None:
-            raise
-        raise ConfigError(f"{path}, line {line}: {error}") from None
+        line = None if path is None else line_of(Path(path), error.setting, error.value)
+        raise ConfigError(f"{path}, line {line}: {error}" if line else str(error)) from None
 
 
 def line_of(path: Path, setting: str, value: object) -> int | None:
