@@ -91,10 +91,14 @@ def test_requests_of_one_affinity_stay_together_until_their_engine_has_much_more
     assert books.send(request(12, affinity="b"), 0.0)[1] == other
 
 
-def test_an_affinity_whose_engine_is_lost_finds_another_and_stays_there():
+@pytest.mark.parametrize("gone", ["lost", "drained"])
+def test_an_affinity_whose_engine_is_lost_or_drained_finds_another_and_stays_there(gone):
     books = fleet("session")
     place = books.send(request(1, affinity="a"), 0.0)[1]
-    books.lost(place, 1.0)
+    if gone == "lost":
+        books.lost(place, 1.0)
+    else:
+        assert not books.drain(place)
     found = {books.send(request(n, affinity="a"), 2.0)[1] for n in range(2, 6)}
     assert len(found) == 1 and place not in found
 

@@ -41,7 +41,11 @@ class Session(Router):
         if request.program is not None and (place := self._programs.get(request.program.id, -1)) in at:
             return place
         held, low = at.get(self._affinities.get(request.affinity, -1)), min(member.requests for member in members)
-        if held is None or (held.requests - low > self.config.more and held.requests > self.config.times * low):
+        if held is None:
+            # It is lost, or takes nothing more: where this one goes, the others follow.
+            self._affinities.pop(request.affinity, None)
+            return least_used(members)
+        if held.requests - low > self.config.more and held.requests > self.config.times * low:
             return least_used(members)
         return held.place
 
@@ -51,10 +55,6 @@ class Session(Router):
         if request.affinity:
             # Those that went elsewhere for its load do not take the others with them.
             self._keep(self._affinities, request.affinity, self._affinities.get(request.affinity, place))
-
-    def lost(self, place: int) -> None:
-        for name in [name for name, where in self._affinities.items() if where == place]:
-            del self._affinities[name]
 
     def _keep(self, places: OrderedDict[str, int], name: str, place: int) -> None:
         places[name] = place
