@@ -29,6 +29,8 @@ def test_a_record_is_drawn_as_png_and_svg(tmp_path: Path) -> None:
     text = svg.read_text()
     for part in ("slow", "fast", "odd", "time_s", "required", "lower is better"):
         assert part in text
+    # A mark and its arrow for each bound: the words of the title alone would not show that there is one.
+    assert text.count("#dc2626") >= 4
     # No ground of its own: the page behind shows through, light or dark.
     assert "#ffffff" not in text
     assert str(tmp_path) not in text
