@@ -22,7 +22,11 @@ class Admitted:
     cached: int
 
 
-@dataclass(frozen=True, slots=True)
+# These three are not frozen: one or two are made for every row of every step, and frozen they would take three times
+# as long. Nobody changes them all the same.
+
+
+@dataclass(slots=True)
 class Computed:
     """A step computed `tokens` of it, from position `start`."""
 
@@ -32,7 +36,7 @@ class Computed:
     tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prefilled(Computed):
     """What was computed is a chunk of a prompt, or of what a preemption had it forget: not one token just sampled.
 
@@ -40,7 +44,7 @@ class Prefilled(Computed):
     """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Emitted:
     now: float
     seq: SeqView

@@ -16,19 +16,46 @@ _log = logging.getLogger(__name__)
 
 
 class Order:
-    """How policies rank together, the most important first. Ties end by sequence id, so that an order is total."""
+    """How policies rank together, the most important first. Ties end by sequence id, so that an order is total.
+
+    What ranks below a policy that asks for it (`Policy.atop`) is an order of its own, asked once for both.
+    """
 
     def __init__(self, policies: Seq[Policy]) -> None:
-        self.policies = tuple(policies)
-        self.constant_rank = all(policy.constant_rank for policy in self.policies)
+        self.constant_rank = all(policy.constant_rank for policy in policies)
+        asks = (place for place, policy in enumerate(policies[:-1], 1) if type(policy).atop is not Policy.atop)
+        split = next(asks, len(policies))
+        self._first, self._others = policies[0], tuple(policies[1:split])
+        self._below = Below(policies[split:]) if split < len(policies) else None
+        if self._below is not None:
+            policies[split - 1].atop(self._below)
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
-        if len(self.policies) == 1:
-            return (*self.policies[0].rank(seq, view), seq.id)
-        ranks: tuple[float, ...] = ()
-        for policy in self.policies:
+        ranks = self._first.rank(seq, view)
+        for policy in self._others:
             ranks += policy.rank(seq, view)
-        return (*ranks, seq.id)
+        return (*ranks, seq.id) if self._below is None else ranks + self._below.rank(seq, view)
+
+
+class Below(Order):
+    """The order below a policy that asks for it, too: nobody's rank is made twice in one plan, nor again where ranks
+    never change."""
+
+    def __init__(self, policies: Seq[Policy]) -> None:
+        super().__init__(policies)
+        self._view: LoadView | None = None
+        self._ranks: dict[int, tuple[float, ...]] = {}
+
+    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        if view is not self._view:
+            self._view = view
+            # Those that have gone are forgotten once they are as many as those that are here.
+            if not self.constant_rank or len(self._ranks) > 2 * (len(view.waiting) + len(view.running)):
+                self._ranks = {}
+        rank = self._ranks.get(seq.id)
+        if rank is None:
+            rank = self._ranks[seq.id] = Order.rank(self, seq, view)
+        return rank
 
 
 class PolicyStack(Order):
@@ -36,9 +63,8 @@ class PolicyStack(Order):
 
     def __init__(self, policies: Seq[Policy]) -> None:
         super().__init__(policies)
+        self.policies = tuple(policies)
         self.preemptive = any(policy.preemptive for policy in self.policies)
-        for place, policy in enumerate(self.policies[:-1], start=1):
-            policy.atop(Order(self.policies[place:]))
         # Who has no opinion is not asked.
         self._admitting = [policy for policy in self.policies if type(policy).admit is not Policy.admit]
         self._budgeting = [policy for policy in self.policies if type(policy).budget is not Policy.budget]

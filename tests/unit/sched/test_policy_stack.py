@@ -8,7 +8,9 @@ import pytest
 
 from millstream.core import registry
 from millstream.core.errors import ConfigError
+from millstream.core.events import Preempted
 from millstream.core.registry import Choice
+from millstream.core.sequence import State
 from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
 from millstream.sched.stack import PolicyStack
 
@@ -94,6 +96,75 @@ def test_shortest_remaining_goes_by_hint_less_what_is_made_until_patience_ends()
     assert policy.rank(Seen(1, 90.0), VIEW)[1] == 16
     assert policy.rank(Seen(1, 10.0), VIEW) < policy.rank(Seen(2, 90.0, hints=hint), VIEW)
     assert policy.rank(Seen(1, 10.0, first_token=20.0), VIEW)[0] == 1.0
+
+
+@dataclass
+class Asks(Says):
+    """Ranks by what the policies below say, as one does that shares out among groups."""
+
+    below: object = None
+
+    def atop(self, below):
+        self.below = below
+
+    def rank(self, seq, view):
+        return (-self.below.rank(seq, view)[0],)
+
+
+@dataclass
+class Counts(Says):
+    constant_rank: bool = False
+    asked: int = 0
+
+    def rank(self, seq, view):
+        self.asked += 1
+        return (seq.arrival,)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_who_ranks_below_is_asked_once_for_both(constant):
+    counts = Counts(constant_rank=constant)
+    stack = PolicyStack([Asks(), counts, Says((5,))])
+    seqs = [Seen(number, float(number)) for number in range(4)]
+    for plan in range(3):
+        view = LoadView(float(plan), 1, 1, seqs, [])
+        assert [stack.rank(seq, view) for seq in seqs] == [(-seq.arrival, seq.arrival, 5, seq.id) for seq in seqs]
+    # Says has ranks that may change, whatever the other's do.
+    assert counts.asked == 3 * len(seqs)
+
+
+def test_a_rank_that_never_changes_is_asked_for_once_and_forgotten_with_its_sequence():
+    counts = Counts(constant_rank=True)
+    stack = PolicyStack([Asks(), counts])
+    (below,) = [policy.below for policy in stack.policies if isinstance(policy, Asks)]
+    for plan in range(100):
+        seqs = [Seen(number, float(number)) for number in range(plan, plan + 4)]
+        view = LoadView(float(plan), 1, 1, seqs, [])
+        for seq in seqs:
+            assert stack.rank(seq, view) == (-seq.arrival, seq.arrival, seq.id)
+        assert len(below._ranks) <= 3 * len(seqs)
+    assert counts.asked < 2 * 103, "once each, but for some where those that had gone were forgotten"
+
+
+def test_the_largest_goes_first_until_patience_ends_and_what_ran_counts_its_output_anew():
+    policy = registry.make("policy", Choice("s3", {"patience_s": 50.0}))
+
+    def seen(number, tokens, arrival=90.0, state=State.WAITING, **more):
+        hints = type("Hints", (), {"expected_output_len": tokens})()
+        found = Seen(number, arrival, hints=hints, max_len=1000, **more)
+        found.state, found.preemptions = state, 0
+        return found
+
+    assert policy.rank(seen(1, 30), VIEW) == policy.rank(seen(1, 30), VIEW) == (2.0, -34.0)
+    assert policy.rank(seen(2, 60), VIEW) < policy.rank(seen(1, 30), VIEW) < policy.rank(seen(3, 20), VIEW)
+    assert policy.rank(seen(1, 30, arrival=10.0), VIEW) == (1.0, 10.0)
+    assert policy.rank(seen(4, 30, state=State.RUNNING), VIEW) == (0.0, 90.0)
+    outgrew = seen(1, 30, num_output=80)
+    outgrew.preemptions = 1
+    policy.observe(Preempted(0.0, outgrew, "swap"))
+    assert policy.rank(outgrew, VIEW) == (2.0, -85.0)
+    outgrew.num_output = 81
+    assert policy.rank(outgrew, VIEW) == (2.0, -86.0)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from millstream.core.events import Admitted, Event, Finished
+from millstream.core.events import Admitted, Event, Finished, Preempted
 from millstream.core.registry import Card
 from millstream.core.sequence import SeqView, State
 from millstream.core.shape import StepShape
 from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
+
+# To look up a member of an enum takes longer than to compare with it.
+_RUNNING = State.RUNNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +41,21 @@ class S3(Policy):
         self._packed: dict[int, int] = {}  # of those that entered at one moment: tokens
         self._at = -1.0
         self._rows = 1
+        self._places: dict[int, tuple[float, float]] = {}  # ranks of those that never ran
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
-        if seq.state is State.RUNNING:
-            return (0.0, seq.arrival)
-        if view.now - seq.arrival > self.config.patience_s:
-            return (1.0, seq.arrival)
-        return (2.0, -float(_tokens(seq)))
+        arrival = seq.arrival
+        if seq.state is _RUNNING:
+            return (0.0, arrival)
+        if view.now - arrival > self.config.patience_s:
+            return (1.0, arrival)
+        place = self._places.get(seq.id)
+        if place is None:
+            place = (2.0, -float(_tokens(seq)))
+            # Of one that lost its place a last token may still be under way.
+            if not seq.preemptions:
+                self._places[seq.id] = place
+        return place
 
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
         packed = self._packed.values() if self._at == view.now else ()
@@ -78,8 +89,11 @@ class S3(Policy):
             if self._at != event.now:
                 self._at, self._packed = event.now, {}
             self._packed[event.seq.id] = _tokens(event.seq)
+        elif isinstance(event, Preempted):
+            self._places.pop(event.seq.id, None)
         elif isinstance(event, Finished):
             self._packed.pop(event.seq.id, None)
+            self._places.pop(event.seq.id, None)
 
 
 def _tokens(seq: SeqView) -> int:

@@ -21,7 +21,6 @@ U = max(input_weight * longest prompt, output_weight * tokens of the KV cache), 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -32,6 +31,9 @@ from millstream.core.events import Admitted, Computed, Emitted, Event, Finished,
 from millstream.core.registry import Card
 from millstream.core.sequence import SeqView, State
 from millstream.sched.protocol import LoadView, Policy, Ranking
+
+# To look up a member of an enum takes longer than to compare with it.
+_RUNNING = State.RUNNING
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,11 @@ class Config:
 class _Tenant:
     """`prompts`: what is left to charge of the prompt of each of its sequences, in the order in which these came;
     `again`: sequences to be computed again. It wants service while there is any of either. `begun`: of a prompt that
-    was begun, the rank at which that was, and how much there was to charge then. `order`: of `prompts`, who goes first
-    by the policies below, as of the plan `seen`; None when it has to be asked for."""
+    was begun, the rank at which that was, and how much there was to charge then. `ahead`: of each in `prompts`, what
+    those of the tenant that go before it will be charged; None when something has changed. `order`: of `prompts`, who
+    goes first by the policies below, as of the plan `seen`; None when it has to be asked for."""
 
-    __slots__ = ("again", "begun", "counter", "live", "order", "prompts", "ranks", "seen", "weight")
+    __slots__ = ("again", "ahead", "begun", "counter", "live", "order", "prompts", "seen", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
@@ -76,7 +79,7 @@ class _Tenant:
         self.prompts: dict[int, int] = {}
         self.begun: dict[int, tuple[float, int]] = {}
         self.again: set[int] = set()
-        self.ranks: dict[int, float] | None = None  # of `prompts`, None when something has changed
+        self.ahead: dict[int, float] | None = None
         self.order: list[int] | None = None
         self.seen = 0
 
@@ -89,23 +92,34 @@ class Vtc(Policy):
         self._wanting: dict[str, _Tenant] = {}
         self._outputs: dict[int, int] = {}  # by sequence: tokens of its output that were charged
         self._below: Ranking | None = None
+        self._below_moves = False  # whether its ranks may change
         self._views: dict[int, SeqView] = {}  # of those in `prompts` of any tenant
         self._view: LoadView | None = None  # of the step that is being planned
+        self._places: dict[int, tuple[float, float]] | None = (
+            None  # of those that never had one, until something happens
+        )
         self._plan = 0  # its number: tenants remember that, since a view holds all sequences that were there
         self._last: _Tenant | None = None  # the last one that wanted service
         self._served = 0.0  # the highest counter at which anybody was served: nobody comes in below
 
     def atop(self, below: Ranking) -> None:
-        self._below = below
+        self._below, self._below_moves = below, not below.constant_rank
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
         if view is not self._view:
             self._view, self._plan = view, self._plan + 1
+            if self._below_moves:
+                self._places = None
+        places = self._places
+        if places is None:
+            places = self._places = self._take_places()
+        if (place := places.get(seq.id)) is not None:
+            return place
         tenant = self._tenants.get(seq.tenant)
         if tenant is None:
             return (1.0, self._floor())
-        if seq.state is not State.RUNNING:
-            return (1.0, self._ranks(tenant).get(seq.id, tenant.counter))
+        if seq.state is not _RUNNING:
+            return (1.0, tenant.counter + self._ahead(tenant).get(seq.id, 0.0))
         if seq.left <= 1:
             return (0.0, tenant.counter)
         begun = tenant.begun.get(seq.id)
@@ -121,6 +135,7 @@ class Vtc(Policy):
         return max(reversed(running), key=lambda seq: self._counter(seq.tenant), default=None)
 
     def observe(self, event: Event) -> None:
+        self._places = None
         if isinstance(event, Computed):
             self._computed(event)
         elif isinstance(event, Emitted):
@@ -147,39 +162,58 @@ class Vtc(Policy):
     def _price(self, tenant: _Tenant, prompt_tokens: int) -> float:
         return self.config.input_weight * prompt_tokens / tenant.weight
 
-    def _ranks(self, tenant: _Tenant) -> dict[int, float]:
-        """Of each sequence in `prompts`: the counter as it will be when those before it have been charged."""
-        below = self._below
-        if below is not None and not below.constant_rank and tenant.seen != self._plan:
-            tenant.ranks = tenant.order = None
-        if tenant.ranks is None:
-            tenant.ranks, at = {}, tenant.counter
-            for seq_id in self._order(tenant):
+    def _take_places(self) -> dict[int, tuple[float, float]]:
+        """The ranks of all that have not begun: most of those that wait, and told at once they take little time."""
+        places: dict[int, tuple[float, float]] = {}
+        for tenant in self._wanting.values():
+            ahead, counter, begun = self._ahead(tenant), tenant.counter, tenant.begun
+            places |= {seq_id: (1.0, counter + rise) for seq_id, rise in ahead.items() if seq_id not in begun}
+        return places
+
+    def _ahead(self, tenant: _Tenant) -> dict[int, float]:
+        """Of each sequence in `prompts`: by how much the counter will have risen when those before it were charged."""
+        if self._below_moves and tenant.seen != self._plan:
+            self._sort(tenant)
+        ahead = tenant.ahead
+        if ahead is None:
+            order, ahead, at = self._order(tenant), {}, 0.0
+            price = self.config.input_weight / tenant.weight
+            for seq_id in order:
                 if (tokens := tenant.prompts.get(seq_id)) is not None:
-                    tenant.ranks[seq_id] = at
-                    at += self._price(tenant, tokens)
-        return tenant.ranks
+                    ahead[seq_id] = at
+                    at += price * tokens
+            tenant.ahead = ahead
+        return ahead
 
     def _order(self, tenant: _Tenant) -> Iterable[int]:
         """Prompts that were begun, then the others by the policies below, among them some that have gone."""
-        below, view = self._below, self._view
-        if below is None or view is None:
+        if self._below is None or self._view is None:
             return tenant.prompts
         if tenant.order is None:
-            places = {}
-            for seq_id in tenant.prompts:
-                try:
-                    places[seq_id] = below.rank(self._views[seq_id], view)
-                except Exception:
-                    # Its own turn to be ranked comes, and then it is the one that fails.
-                    places[seq_id] = (math.inf,)
-            tenant.order, tenant.seen = sorted(places, key=places.__getitem__), self._plan
-        return itertools.chain(tenant.begun, [one for one in tenant.order if one not in tenant.begun])
+            self._sort(tenant)
+        begun = tenant.begun
+        return [*begun, *(one for one in tenant.order or () if one not in begun)]
+
+    def _sort(self, tenant: _Tenant) -> None:
+        """Asks the policies below who of a tenant goes first. Where that is as it was, nothing else has changed."""
+        below, view, views = self._below, self._view, self._views
+        if below is None or view is None:
+            return
+        rank, places = below.rank, {}
+        for seq_id in tenant.prompts:
+            try:
+                places[seq_id] = rank(views[seq_id], view)
+            except Exception:
+                # Its own turn to be ranked comes, and then it is the one that fails.
+                places[seq_id] = (math.inf,)
+        order = sorted(places, key=places.__getitem__)
+        if order != tenant.order:
+            tenant.order, tenant.ahead = order, None
+        tenant.seen = self._plan
 
     def _wants(self, seq: SeqView, tenant: _Tenant) -> None:
         if seq.tenant not in self._wanting:
             tenant.counter = max(tenant.counter, self._floor())
-            tenant.ranks = None
             self._wanting[seq.tenant] = tenant
 
     def _submitted(self, seq: SeqView) -> None:
@@ -191,17 +225,17 @@ class Vtc(Policy):
         tenant.live += 1
         # All but the first output of a request share the prompt that this one computes, up to its last token.
         tenant.prompts[seq.id] = seq.num_prompt if seq.index == 0 else 1
-        tenant.ranks = tenant.order = None
+        tenant.ahead = tenant.order = None
         self._views[seq.id] = seq
         self._outputs[seq.id] = seq.num_output
 
     def _admitted(self, seq: SeqView, cached: int) -> None:
         tenant = self._tenants.get(seq.tenant)
         if tenant is not None and seq.id in tenant.prompts:
-            at = self._ranks(tenant)[seq.id]
+            at = tenant.counter + self._ahead(tenant)[seq.id]
             tenant.prompts[seq.id] = left = max(0, seq.num_prompt - cached)
             tenant.begun[seq.id] = (at, left)
-            tenant.ranks = None
+            tenant.ahead = None
 
     def _computed(self, event: Computed) -> None:
         seq = event.seq
@@ -214,6 +248,7 @@ class Vtc(Policy):
         if left is not None:
             done = max(0, left - max(0, seq.num_prompt - stop))
             tenant.prompts[seq.id] = left - done
+            tenant.ahead = None
             self._served = max(self._served, tenant.counter)
             self._charge(tenant, self.config.input_weight * done)
         if stop >= seq.num_prompt and (left is not None or seq.id in tenant.again):
@@ -242,7 +277,7 @@ class Vtc(Policy):
         if tenant.prompts.pop(seq.id, None) is not None:
             tenant.begun.pop(seq.id, None)
             del self._views[seq.id]
-            tenant.ranks = None
+            tenant.ahead = None
         tenant.again.discard(seq.id)
         if not tenant.prompts and not tenant.again and self._wanting.pop(seq.tenant, None) is not None:
             self._last = tenant
@@ -255,9 +290,7 @@ class Vtc(Policy):
 
     @staticmethod
     def _charge(tenant: _Tenant, service: float) -> None:
-        if service:
-            tenant.counter += service / tenant.weight
-            tenant.ranks = None
+        tenant.counter += service / tenant.weight
 
 
 def _positive(name: str, value: object) -> None:
