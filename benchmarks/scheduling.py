@@ -1,11 +1,16 @@
 """All scheduling policies side by side, simulated on the same recorded traffic, and what each costs a step.
 
     python benchmarks/scheduling.py [--only TRACE] [--requests 400] [--plot docs/plots/scheduling.svg] [--overhead]
+    python benchmarks/scheduling.py --replicas 64 --only azure-conv
+    python benchmarks/scheduling.py --live [MODEL]
 
 Prints the tables of docs/scheduling.md. The engine is that of an A100's published step times with places for 32
 requests, so that there is always somebody to choose among. Three tenants send at 70, 15 and 15 % of the rate where a
 trace has none of its own; the busy one wishes for a first token within 10 s, the others within 2 s. Policies that go by
 lengths get guesses that are off by a factor of 1.65 (one deviation); srpt knows lengths and is what regret is told by.
+With --replicas there are as many such engines behind the router least-work, and as many times the requests at as many
+times the rate. With --live a model decodes 64 rows while 256 wait, under fcfs and under each policy in turns: what it
+costs of the throughput, the order itself apart.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from millstream.core import registry
 from millstream.core.registry import Choice
@@ -54,9 +60,10 @@ def tenants(rate: float) -> tuple[TenantConfig, ...]:
     )
 
 
-def scenarios(requests: int) -> dict[str, tuple[Scenario, dict[str, float]]]:
-    """By trace: what is simulated, and the limits of requests without wishes of their own."""
-    base = Scenario(profiles=(PROFILE,), max_rows=32, hint_error=0.5, requests=requests)
+def scenarios(each: int, replicas: int) -> dict[str, tuple[Scenario, dict[str, float]]]:
+    """By trace: what is simulated, `each` requests a replica, and the limits where requests have no wishes."""
+    requests = each * replicas
+    base = Scenario(profiles=(PROFILE,), replicas=(replicas,), max_rows=32, hint_error=0.5, requests=requests)
 
     def mixed(rate: float, count: int) -> tuple[TenantConfig, ...]:
         return tuple(replace(one, requests=max(1, round(count * (one.rate or 0) / rate))) for one in tenants(rate))
@@ -64,9 +71,15 @@ def scenarios(requests: int) -> dict[str, tuple[Scenario, dict[str, float]]]:
     # Mooncake's prompts have some ten thousand tokens: a quarter of the requests is as much work.
     limits = {"ttft": 2.0, "tpot": 0.1}
     return {
-        "azure-conv": (replace(base, trace="azure-conv", tenants=mixed(8.0, requests), burstiness=1.0), limits),
-        "mooncake": (replace(base, trace="mooncake", tenants=mixed(1.0, requests // 4), burstiness=1.0), limits),
-        "servegen": (replace(base, trace="servegen", rate=12.0), limits),
+        "azure-conv": (
+            replace(base, trace="azure-conv", tenants=mixed(8.0 * replicas, requests), burstiness=1.0),
+            limits,
+        ),
+        "mooncake": (
+            replace(base, trace="mooncake", tenants=mixed(1.0 * replicas, requests // 4), burstiness=1.0),
+            limits,
+        ),
+        "servegen": (replace(base, trace="servegen", rate=12.0 * replicas), limits),
         "agents": (replace(base, trace="agents"), limits),
     }
 
@@ -79,7 +92,8 @@ class Agents(Prepared):
         sessions = programs.recorded(rows, "agent", 0.5, most_think_s=5.0)
         cut = programs.thinned(sessions, 1_000_000, 20)
         count = max(1, (self.scenario.requests or 400) // 4)
-        found = programs.calls((cut * count)[:count], 4.0, 8000, self.scenario.seed, tenants=3)
+        rate = 4.0 * self.scenario.replicas[0]
+        found = programs.calls((cut * count)[:count], rate, 8000, self.scenario.seed, tenants=3)
         return workload.hinted(found, self.scenario.hint_error or 0.0, self.scenario.seed)
 
 
@@ -134,13 +148,84 @@ def overhead(steps: int = 60) -> dict[str, float]:
     return {label: statistics.median(own) for label, own in took.items()}
 
 
+def live(model: str, steps: int = 60) -> dict[str, tuple[float, float, float]]:
+    """By policy: what a step that decodes 64 rows takes more than under fcfs, as a share: quartiles, the median second.
+
+    Two engines, each with a runner of its own, take step after step in turns, and one of them is fcfs; a step counts
+    against the one before it. Steps that compute prompts as well (whoever preempts has some) count for nothing.
+    """
+    from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
+    from millstream.engine.assemble import assemble, build_engine
+
+    cache = CacheConfig(prefix=Choice("none"), bytes="1GiB")
+    base = EngineConfig(model=ModelConfig(weights="blocks"), cache=cache, seed=0)
+    models = [assemble(model, base, tune=True) for _ in range(2)]
+
+    def engine(place: int, policies: tuple[Choice, ...]) -> tuple[Any, list[int]]:
+        made = models[place]
+        sched = replace(base.sched, policies=policies, meters=usual(512, RUNNING))
+        config = replace(base, sched=sched)
+        resolved = replace(made.resolved, meters=usual(512, RUNNING), config=config)
+        own = build_engine(made.built.runner, made.spec, made.tokenizer, config, resolved)
+        sizes: list[int] = []
+        plan = own.scheduler.plan
+
+        def planned(now: float) -> Any:
+            found = plan(now)
+            sizes.append(sum(len(extend.tokens) for extend in found.extends) if found else 0)
+            return found
+
+        own.scheduler.plan = planned
+        vocab = made.spec.vocab_size
+        for number in range(WAITING + RUNNING):
+            prompt = tuple((number * 131 + place * 31) % vocab for place in range(128))
+            hints = Hints(200 + number, -float(number), oracle=1000 + number)
+            params = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True)
+            slo = Slo(ttft_s=1.0 + number % 3)
+            request = Request(number + 1, (Tokens(prompt),), params, tenant=f"t{number % 5}", slo=slo, hints=hints)
+            own.submit(request, lambda chunk: None)
+        while sizes[-1:] != [RUNNING]:
+            own.step()
+        return own, sizes
+
+    found = {}
+    for turn, (label, policies) in enumerate(STACKS.items()):
+        own, sizes = engine(turn % 2, policies)
+        plain, plain_sizes = engine(1 - turn % 2, STACKS["fcfs"])
+        shares = []
+        for _ in range(steps):
+            took = []
+            for one in (plain, own):
+                started = time.perf_counter()
+                one.step()
+                took.append(time.perf_counter() - started)
+            if sizes[-1] == plain_sizes[-1] == RUNNING:
+                shares.append(took[1] / took[0] - 1)
+        for one in (own, plain):
+            for number in range(WAITING + RUNNING):
+                one.abort(number + 1)
+            while one.busy:
+                one.step()
+        low, middle, high = statistics.quantiles(shares, n=4) if len(shares) > 4 else [float("nan")] * 3
+        found[label] = (low, middle, high)
+        print(
+            f"{label}: {100 * middle:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f}, {len(shares)} steps)", flush=True
+        )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TRACE")
-    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--requests", type=int, default=400, help="for each replica (default: 400)")
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--overhead", action="store_true", help="only what each policy costs a step")
+    parser.add_argument("--live", metavar="MODEL", nargs="?", const="smollm2-135m", help="only that, on a real model")
     args = parser.parse_args()
+    if args.live:
+        live(args.live)
+        return
     for choices in STACKS.values():
         for choice in choices:
             registry.options("policy", choice)
@@ -151,7 +236,7 @@ def main() -> None:
     print(", ".join(f"{label} {cost - plain:+.0f}" for label, cost in costs.items() if label != "fcfs"))
     if not args.overhead:
         found = {}
-        for trace, (scenario, limits) in scenarios(args.requests).items():
+        for trace, (scenario, limits) in scenarios(args.requests, args.replicas).items():
             if args.only in (None, trace):
                 prepared = Agents(scenario) if trace == "agents" else Prepared(scenario)
                 found[trace] = compare(prepared, STACKS, limits)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from millstream.core.plan import Holding, TokenLogprobs
 from millstream.core.prefix import names
 from millstream.core.registry import Choice
-from millstream.core.request import Hints, Kind, Program, Request, Slo
+from millstream.core.request import Hints, Request
 
 # Tokens of a block by which prompts are compared where nobody may see them.
 PREFIX_BLOCK = 64
@@ -164,10 +164,27 @@ class Snapshot:
 class SeqView:
     """What policies and meters may see of a sequence: no token ids, and a true length only from an oracle."""
 
-    __slots__ = ("_seq",)
+    # What never changes lies here: an order reads it of everybody in every step, and from here with one look instead of
+    # four, each of which may have to come from memory.
+    __slots__ = (
+        *("_seq", "adapter", "arrival", "id", "index", "kind", "num_prompt"),
+        *("priority", "program", "request_id", "slo", "tenant"),
+    )
 
     def __init__(self, seq: Sequence | Snapshot) -> None:
+        request = seq.request
         self._seq = seq
+        self.id: Final = seq.id
+        self.index: Final = seq.index
+        self.num_prompt: Final = seq.num_prompt
+        self.arrival: Final = seq.stamps.arrival
+        self.request_id: Final = request.id
+        self.kind: Final = request.kind
+        self.tenant: Final = request.tenant
+        self.program: Final = request.program
+        self.slo: Final = request.slo
+        self.priority: Final = request.priority
+        self.adapter: Final = request.adapter
 
     def snapshot(self) -> Snapshot:
         """The same as it is now; `SeqView(snapshot)` shows it when the sequence has gone on."""
@@ -192,26 +209,6 @@ class SeqView:
         )
 
     @property
-    def id(self) -> int:
-        return self._seq.id
-
-    @property
-    def request_id(self) -> int:
-        return self._seq.request.id
-
-    @property
-    def index(self) -> int:
-        return self._seq.index
-
-    @property
-    def kind(self) -> Kind:
-        return self._seq.request.kind
-
-    @property
-    def arrival(self) -> float:
-        return self._seq.stamps.arrival
-
-    @property
     def admitted(self) -> float | None:
         return self._seq.stamps.admitted
 
@@ -222,10 +219,6 @@ class SeqView:
     @property
     def state(self) -> State:
         return self._seq.state
-
-    @property
-    def num_prompt(self) -> int:
-        return self._seq.num_prompt
 
     @property
     def num_output(self) -> int:
@@ -270,26 +263,6 @@ class SeqView:
     @property
     def gated(self) -> bool:
         return bool(self._seq.gates)
-
-    @property
-    def tenant(self) -> str:
-        return self._seq.request.tenant
-
-    @property
-    def program(self) -> Program | None:
-        return self._seq.request.program
-
-    @property
-    def slo(self) -> Slo:
-        return self._seq.request.slo
-
-    @property
-    def priority(self) -> int:
-        return self._seq.request.priority
-
-    @property
-    def adapter(self) -> str:
-        return self._seq.request.adapter
 
     @property
     def hints(self) -> Hints:

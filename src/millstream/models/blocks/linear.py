@@ -11,6 +11,7 @@ from millstream.core import registry
 from millstream.core.errors import BadFile
 from millstream.formats.weights.protocol import Packed, WeightFormat
 from millstream.models.spec import LinearSpec
+from millstream.ops import table
 
 
 class Linear:
@@ -40,9 +41,14 @@ def of_shape(packed: Packed, shape: tuple[int, int], name: str) -> Packed:
     return packed
 
 
-# A model has hundreds of matrices; finding a plug-in looks at the disk.
-@functools.cache
 def weight_format(name: str) -> WeightFormat:
-    """The format of that name; one serves all matrices."""
+    """The format of that name; one serves all matrices of models that are loaded with the same choice of ops."""
+    return _format(name, table.in_use())
+
+
+# A model has hundreds of matrices; finding a plug-in looks at the disk. A format keeps the ops that it chose when it
+# was made, so that models of one process which may choose differently must not share it.
+@functools.cache
+def _format(name: str, use: str) -> WeightFormat:
     found: WeightFormat = registry.make("weights", name, device=True)
     return found

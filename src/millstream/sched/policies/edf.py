@@ -8,6 +8,7 @@ behind all that can still be on time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from millstream.core.registry import Card
@@ -38,16 +39,17 @@ class Edf(Policy):
         return (1.0 if late else 0.0, due)
 
     def _due(self, seq: SeqView) -> float:
-        slo, arrival = seq.slo, seq.arrival
-        due = [] if slo.e2e_s is None else [arrival + slo.e2e_s]
-        if seq.first_token is None:
-            if slo.ttft_s is not None:
-                due.append(arrival + slo.ttft_s)
+        slo, arrival, first = seq.slo, seq.arrival, seq.first_token
+        due = math.inf if slo.e2e_s is None else arrival + slo.e2e_s
+        wish = slo.ttft_s
+        if first is None:
+            if wish is not None and arrival + wish < due:
+                due = arrival + wish
         elif slo.tpot_s is not None:
             # Measured from when the first one was to come: who is ahead of its time may wait.
-            first = seq.first_token if slo.ttft_s is None else arrival + slo.ttft_s
-            due.append(first + slo.tpot_s * seq.num_output)
-        return min(due, default=arrival + self.config.default_s)
+            start = first if wish is None else arrival + wish
+            due = min(due, start + slo.tpot_s * seq.num_output)
+        return due if due < math.inf else arrival + self.config.default_s
 
 
 CARD = Card("edf", "earliest due first, by the wishes of requests")

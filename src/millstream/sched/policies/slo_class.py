@@ -35,11 +35,12 @@ class SloClass(Policy):
         self.config = config
 
     def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
-        wish = seq.slo.ttft_s if seq.slo.ttft_s is not None else seq.slo.e2e_s
-        place = len(self.config.limits_s) if wish is None else bisect_left(self.config.limits_s, wish)
-        if seq.first_token is None:
-            place -= int(max(0.0, view.now - seq.arrival) / self.config.rise_s)
-        return (float(max(0, place)), seq.arrival)
+        slo, arrival, config = seq.slo, seq.arrival, self.config
+        wish = slo.e2e_s if slo.ttft_s is None else slo.ttft_s
+        place = len(config.limits_s) if wish is None else bisect_left(config.limits_s, wish)
+        if place and seq.first_token is None and (waited := view.now - arrival) >= config.rise_s:
+            place = max(0, place - int(waited / config.rise_s))
+        return (float(place), arrival)
 
 
 CARD = Card("slo-class", "classes by how soon a first token is wished for")
