@@ -148,18 +148,26 @@ def overhead(steps: int = 60) -> dict[str, float]:
     return {label: statistics.median(own) for label, own in took.items()}
 
 
-def live(model: str, steps: int = 60) -> dict[str, tuple[float, float, float]]:
+def _needs_cost(choice: Choice) -> bool:
+    return bool(registry.make("policy", choice).needs_cost)
+
+
+def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
     """By policy: what a step that decodes 64 rows takes more than under fcfs, as a share: quartiles, the median second.
 
-    Two engines, each with a runner of its own, take step after step in turns, and one of them is fcfs; a step counts
-    against the one before it. Steps that compute prompts as well (whoever preempts has some) count for nothing.
+    Policies that cannot do without a profile of step times have none here, and are left out. Two engines, each with a
+    runner of its own, take step after step in turns, and one of them is fcfs; a step counts against the one before it.
+    Steps that compute prompts as well (whoever preempts has some) count for nothing.
     """
     from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
     from millstream.engine.assemble import assemble, build_engine
+    from millstream.engine.process import collect_rarely
 
     cache = CacheConfig(prefix=Choice("none"), bytes="1GiB")
     base = EngineConfig(model=ModelConfig(weights="blocks"), cache=cache, seed=0)
     models = [assemble(model, base, tune=True) for _ in range(2)]
+    # As in a server.
+    collect_rarely()
 
     def engine(place: int, policies: tuple[Choice, ...]) -> tuple[Any, list[int]]:
         made = models[place]
@@ -189,7 +197,8 @@ def live(model: str, steps: int = 60) -> dict[str, tuple[float, float, float]]:
         return own, sizes
 
     found = {}
-    for turn, (label, policies) in enumerate(STACKS.items()):
+    able = {label: own for label, own in STACKS.items() if not any(_needs_cost(choice) for choice in own)}
+    for turn, (label, policies) in enumerate(able.items()):
         own, sizes = engine(turn % 2, policies)
         plain, plain_sizes = engine(1 - turn % 2, STACKS["fcfs"])
         shares = []

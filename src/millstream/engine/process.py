@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -56,6 +57,8 @@ MAX_ASKS = 64
 # What a client may leave unread before it is taken for dead.
 MAX_UNREAD = 64 << 20
 SWITCH_S = 0.0005
+# Objects that are made, beyond those that are dropped, before Python looks for cycles among them.
+YOUNG = 10_000
 # A step that does not end is not waited for longer when the process is to end.
 CLOSE_S = 5.0
 _POLL_S = 0.01
@@ -491,6 +494,7 @@ async def serve(path: Path, make: Make, parent: int | None = None, drain_s: floa
             return _told(why)
         engine, facts = made.result()
         server.attach(engine, facts)
+        collect_rarely()
         _log.info("%s is ready at %s", facts.model, path)
         await asyncio.wait((server.failed, stopped, alone), return_when=asyncio.FIRST_COMPLETED)
         if server.failed.done():
@@ -507,6 +511,18 @@ async def serve(path: Path, make: Make, parent: int | None = None, drain_s: floa
         stopped.cancel()
         alone.cancel()
         await server.close()
+
+
+def collect_rarely() -> None:
+    """Has Python look for cycles rarely, and never again among what is there now: a model and its modules.
+
+    For a process that does nothing but serve. What is made for a step and dropped after it is no garbage of that kind,
+    and one look through everything takes longer than a step of 64 rows.
+    """
+    gc.collect()
+    gc.freeze()
+    youngest, *older = gc.get_threshold()
+    gc.set_threshold(youngest and max(youngest, YOUNG), *older)
 
 
 async def _alone(server: EngineServer, parent: int | None) -> None:

@@ -41,10 +41,14 @@ class LoadView:
     """How the engine stands when a step is planned: read-only, built once a step.
 
     `hit` tells how many tokens of a sequence that waits are held by the prefix cache now, at most some steps ago.
-    `cost` tells how long steps take, where that is known of this engine.
+    `cost` tells how long steps take, where that is known of this engine. `full`: as many run as may (a meter says so),
+    so that nobody gets in unless it takes the place of somebody else.
     """
 
-    __slots__ = ("block_size", "budget", "cost", "free_blocks", "hit", "now", "running", "total_blocks", "waiting")
+    __slots__ = (
+        *("block_size", "budget", "cost", "free_blocks", "full", "hit"),
+        *("now", "running", "total_blocks", "waiting"),
+    )
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class LoadView:
         self.running = running
         self.hit, self.cost, self.block_size = hit, cost, block_size
         self.budget = Budget()
+        self.full = False
 
 
 class Ranking(Protocol):

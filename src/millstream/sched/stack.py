@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence as Seq
 
 from millstream.core.events import Event
-from millstream.core.sequence import SeqView
+from millstream.core.sequence import SeqView, State
 from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
 
 # To look up a member of an enum takes longer than to compare with it.
 _ADMIT = Verdict.ADMIT
+_HOLD = Verdict.HOLD
+_RUNNING = State.RUNNING
 
 _log = logging.getLogger(__name__)
 
@@ -59,12 +62,18 @@ class Below(Order):
 
 
 class PolicyStack(Order):
-    """A Policy made of policies, the most important first."""
+    """A Policy made of policies, the most important first.
+
+    While as many run as may and none of the policies would have anybody take a place, nobody that waits is ranked: they
+    are last, and none gets in before the next step.
+    """
 
     def __init__(self, policies: Seq[Policy]) -> None:
         super().__init__(policies)
         self.policies = tuple(policies)
         self.preemptive = any(policy.preemptive for policy in self.policies)
+        # Ranks that never change are asked for once, whatever that step is like.
+        self._queues = not (self.preemptive or self.constant_rank)
         # Who has no opinion is not asked.
         self._admitting = [policy for policy in self.policies if type(policy).admit is not Policy.admit]
         self._budgeting = [policy for policy in self.policies if type(policy).budget is not Policy.budget]
@@ -76,7 +85,14 @@ class PolicyStack(Order):
         """Whether any policy hears of events."""
         return bool(self._observing)
 
+    def rank(self, seq: SeqView, view: LoadView) -> tuple[float, ...]:
+        if view.full and self._queues and seq.state is not _RUNNING:
+            return (math.inf, seq.id)
+        return super().rank(seq, view)
+
     def admit(self, seq: SeqView, view: LoadView) -> Verdict:
+        if view.full and self._queues:
+            return _HOLD
         for policy in self._admitting:
             if (verdict := policy.admit(seq, view)) is not _ADMIT:
                 return verdict

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
+from harness import Bench
 
 from millstream.core import registry
 from millstream.core.errors import ConfigError
 from millstream.core.events import Preempted
 from millstream.core.registry import Choice
+from millstream.core.request import Hints, Slo
 from millstream.core.sequence import State
 from millstream.sched.protocol import Budget, LoadView, Policy, Verdict
 from millstream.sched.stack import PolicyStack
@@ -114,6 +117,7 @@ class Asks(Says):
 @dataclass
 class Counts(Says):
     constant_rank: bool = False
+    preemptive: bool = False
     asked: int = 0
 
     def rank(self, seq, view):
@@ -179,3 +183,55 @@ def test_the_largest_goes_first_until_patience_ends_and_what_ran_counts_its_outp
 def test_meters_refuse_options_that_cannot_be(meter, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         registry.options("meter", Choice(meter, options))
+
+
+def _plans(policies, blocks, queues):
+    """Who took part in each step of a crowd behind three places; what each says in it is what it says alone."""
+    bench = Bench(
+        policies=policies,
+        meters=(Choice("splitfuse", {"budget": 12}), Choice("seats", {"max_rows": 3}), "kv-blocks"),
+        num_blocks=blocks,
+    )
+    scheduler = bench.engine.scheduler
+    assert scheduler.policy._queues
+    scheduler.policy._queues = queues
+    told, plan = [], scheduler.plan
+
+    def planned(now):
+        found = plan(now)
+        told.append([] if found is None else [(extend.seq, len(extend.tokens)) for extend in found.extends])
+        return found
+
+    scheduler.plan = planned
+    draw = random.Random(7)
+    for number in range(24):
+        hints = Hints(draw.randint(1, 20), draw.random())
+        prompt = [draw.randrange(40) for _ in range(draw.randint(1, 20))]
+        slo = Slo(ttft_s=draw.uniform(1.0, 30.0))
+        bench.add(prompt, draw.randint(1, 12), tenant=f"t{number % 3}", hints=hints, slo=slo)
+    bench.run()
+    for request in bench.requests.values():
+        assert bench.output(request) == bench.truth(request)
+    bench.clean()
+    return told
+
+
+@pytest.mark.parametrize("policies", [("shortest-remaining",), ("vtc", "fcfs"), ("edf",), ("slo-class",)])
+def test_while_all_places_are_taken_who_waits_need_not_be_ranked(policies):
+    assert _plans(policies, 64, queues=True) == _plans(policies, 64, queues=False)
+    _plans(policies, 12, queues=True)
+
+
+def test_nobody_who_waits_is_asked_for_a_rank_while_all_places_are_taken():
+    counts = Counts()
+    stack = PolicyStack([counts])
+    waits, runs = Seen(1), Seen(2)
+    waits.state, runs.state = State.WAITING, State.RUNNING
+    view = LoadView(0.0, 1, 1, [waits], [runs])
+    assert stack.rank(waits, view) < stack.rank(runs, view) and counts.asked == 2
+    view.full = True
+    assert stack.rank(runs, view) < stack.rank(waits, view) and counts.asked == 3
+    assert stack.admit(waits, view) is Verdict.HOLD
+    taker = PolicyStack([Counts(preemptive=True)])
+    assert taker.rank(waits, view) < taker.rank(runs, view), "it may take the place of one that runs"
+    assert taker.admit(waits, view) is Verdict.ADMIT

@@ -35,6 +35,7 @@ class Seats(Meter):
         self._limit = min(self.config.max_rows, view.budget.rows or self.config.max_rows)
         self._rows = 0
         self._seated = {seq.id for seq in view.running}
+        view.full = view.full or len(self._seated) >= self._limit
 
     def fit(self, seq: Sequence, n: int) -> int:
         newcomer = seq.id not in self._seated

@@ -110,16 +110,15 @@ class Vtc(Policy):
             self._view, self._plan = view, self._plan + 1
             if self._below_moves:
                 self._places = None
-        places = self._places
-        if places is None:
-            places = self._places = self._take_places()
-        if (place := places.get(seq.id)) is not None:
-            return place
         tenant = self._tenants.get(seq.tenant)
         if tenant is None:
             return (1.0, self._floor())
         if seq.state is not _RUNNING:
-            return (1.0, tenant.counter + self._ahead(tenant).get(seq.id, 0.0))
+            places = self._places
+            if places is None:
+                places = self._places = self._take_places()
+            place = places.get(seq.id)
+            return place or (1.0, tenant.counter + self._ahead(tenant).get(seq.id, 0.0))
         if seq.left <= 1:
             return (0.0, tenant.counter)
         begun = tenant.begun.get(seq.id)
