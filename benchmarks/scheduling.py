@@ -148,16 +148,12 @@ def overhead(steps: int = 60) -> dict[str, float]:
     return {label: statistics.median(own) for label, own in took.items()}
 
 
-def _needs_cost(choice: Choice) -> bool:
-    return bool(registry.make("policy", choice).needs_cost)
-
-
 def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
     """By policy: what a step that decodes 64 rows takes more than under fcfs, as a share: quartiles, the median second.
 
-    Policies that cannot do without a profile of step times have none here, and are left out. Two engines, each with a
-    runner of its own, take step after step in turns, and one of them is fcfs; a step counts against the one before it.
-    Steps that compute prompts as well (whoever preempts has some) count for nothing.
+    Two engines, each with a runner of its own, take step after step in turns, and one of them is fcfs; a step counts
+    against the one before it. Steps that compute prompts as well (whoever preempts has some) count for nothing. Who goes
+    by step times is given a published machine's.
     """
     from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
     from millstream.engine.assemble import assemble, build_engine
@@ -166,6 +162,7 @@ def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
     cache = CacheConfig(prefix=Choice("none"), bytes="1GiB")
     base = EngineConfig(model=ModelConfig(weights="blocks"), cache=cache, seed=0)
     models = [assemble(model, base, tune=True) for _ in range(2)]
+    cost = profiles.load(PROFILE, PUBLISHED).step_cost()
     # As in a server.
     collect_rarely()
 
@@ -174,7 +171,7 @@ def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
         sched = replace(base.sched, policies=policies, meters=usual(512, RUNNING))
         config = replace(base, sched=sched)
         resolved = replace(made.resolved, meters=usual(512, RUNNING), config=config)
-        own = build_engine(made.built.runner, made.spec, made.tokenizer, config, resolved)
+        own = build_engine(made.built.runner, made.spec, made.tokenizer, config, resolved, cost=cost)
         sizes: list[int] = []
         plan = own.scheduler.plan
 
@@ -197,19 +194,20 @@ def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
         return own, sizes
 
     found = {}
-    able = {label: own for label, own in STACKS.items() if not any(_needs_cost(choice) for choice in own)}
-    for turn, (label, policies) in enumerate(able.items()):
+    for turn, (label, policies) in enumerate(STACKS.items()):
         own, sizes = engine(turn % 2, policies)
         plain, plain_sizes = engine(1 - turn % 2, STACKS["fcfs"])
         shares = []
+        order = [plain, own]
         for _ in range(steps):
-            took = []
-            for one in (plain, own):
+            took = {}
+            for one in order:
                 started = time.perf_counter()
                 one.step()
-                took.append(time.perf_counter() - started)
+                took[id(one)] = time.perf_counter() - started
+            order.reverse()
             if sizes[-1] == plain_sizes[-1] == RUNNING:
-                shares.append(took[1] / took[0] - 1)
+                shares.append(took[id(own)] / took[id(plain)] - 1)
         for one in (own, plain):
             for number in range(WAITING + RUNNING):
                 one.abort(number + 1)
