@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -152,8 +153,8 @@ def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
     """By policy: what a step that decodes 64 rows takes more than under fcfs, as a share: quartiles, the median second.
 
     Two engines, each with a runner of its own, take step after step in turns, and one of them is fcfs; a step counts
-    against the one before it. Steps that compute prompts as well (whoever preempts has some) count for nothing. Who goes
-    by step times is given a published machine's.
+    against the one before it. Steps that compute prompts as well (whoever preempts has some) count for nothing. Those
+    that go by step times are given a published machine's.
     """
     from millstream.config.schema import CacheConfig, EngineConfig, ModelConfig
     from millstream.engine.assemble import assemble, build_engine
@@ -246,7 +247,11 @@ def main() -> None:
         for trace, (scenario, limits) in scenarios(args.requests, args.replicas).items():
             if args.only in (None, trace):
                 prepared = Agents(scenario) if trace == "agents" else Prepared(scenario)
-                found[trace] = compare(prepared, STACKS, limits)
+                found[trace] = []
+                for label, policies in STACKS.items():
+                    started = time.perf_counter()
+                    found[trace] += compare(prepared, {label: policies}, limits)
+                    print(f"{trace}, {label}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
                 print(f"\n### {trace}\n\n{table(found[trace])}", flush=True)
         if args.plot:
             from millstream.sim.plots import compared
