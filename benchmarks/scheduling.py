@@ -1,7 +1,7 @@
 """All scheduling policies side by side, simulated on the same recorded traffic, and what each costs a step.
 
     python benchmarks/scheduling.py [--only TRACE] [--requests 400] [--plot docs/plots/scheduling.svg] [--overhead]
-    python benchmarks/scheduling.py --replicas 64 --only azure-conv
+    python benchmarks/scheduling.py --replicas 64 --load 1.3 --requests 100 --only azure-conv
     python benchmarks/scheduling.py --live [MODEL]
 
 Prints the tables of docs/scheduling.md. The engine is that of an A100's published step times with places for 32
@@ -9,8 +9,9 @@ requests, so that there is always somebody to choose among. Three tenants send a
 trace has none of its own; the busy one wishes for a first token within 10 s, the others within 2 s. Policies that go by
 lengths get guesses that are off by a factor of 1.65 (one deviation); srpt knows lengths and is what regret is told by.
 With --replicas there are as many such engines behind the router least-work, and as many times the requests at as many
-times the rate. With --live a model decodes 64 rows while 256 wait, under fcfs and under each policy in turns: what it
-costs of the throughput, the order itself apart.
+times the rate, and --load times that: many engines have shorter queues at the same load than one. With --live a model
+decodes 64 rows while 256 wait, under fcfs and under each policy in turns: what it costs of the throughput, the order
+itself apart.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def tenants(rate: float) -> tuple[TenantConfig, ...]:
     )
 
 
-def scenarios(each: int, replicas: int) -> dict[str, tuple[Scenario, dict[str, float]]]:
+def scenarios(each: int, replicas: int, load: float) -> dict[str, tuple[Scenario, dict[str, float]]]:
     """By trace: what is simulated, `each` requests a replica, and the limits where requests have no wishes."""
-    requests = each * replicas
+    requests, times = each * replicas, replicas * load
     base = Scenario(profiles=(PROFILE,), replicas=(replicas,), max_rows=32, hint_error=0.5, requests=requests)
 
     def mixed(rate: float, count: int) -> tuple[TenantConfig, ...]:
@@ -73,15 +74,15 @@ def scenarios(each: int, replicas: int) -> dict[str, tuple[Scenario, dict[str, f
     limits = {"ttft": 2.0, "tpot": 0.1}
     return {
         "azure-conv": (
-            replace(base, trace="azure-conv", tenants=mixed(8.0 * replicas, requests), burstiness=1.0),
+            replace(base, trace="azure-conv", tenants=mixed(8.0 * times, requests), burstiness=1.0),
             limits,
         ),
         "mooncake": (
-            replace(base, trace="mooncake", tenants=mixed(1.0 * replicas, requests // 4), burstiness=1.0),
+            replace(base, trace="mooncake", tenants=mixed(1.0 * times, requests // 4), burstiness=1.0),
             limits,
         ),
-        "servegen": (replace(base, trace="servegen", rate=12.0 * replicas), limits),
-        "agents": (replace(base, trace="agents"), limits),
+        "servegen": (replace(base, trace="servegen", rate=12.0 * times), limits),
+        "agents": (replace(base, trace="agents", rate=4.0 * times), limits),
     }
 
 
@@ -93,7 +94,8 @@ class Agents(Prepared):
         sessions = programs.recorded(rows, "agent", 0.5, most_think_s=5.0)
         cut = programs.thinned(sessions, 1_000_000, 20)
         count = max(1, (self.scenario.requests or 400) // 4)
-        rate = 4.0 * self.scenario.replicas[0]
+        rate = rate or self.scenario.rate
+        assert rate is not None
         found = programs.calls((cut * count)[:count], rate, 8000, self.scenario.seed, tenants=3)
         return workload.hinted(found, self.scenario.hint_error or 0.0, self.scenario.seed)
 
@@ -227,6 +229,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="TRACE")
     parser.add_argument("--requests", type=int, default=400, help="for each replica (default: 400)")
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--load", type=float, default=1.0)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--overhead", action="store_true", help="only what each policy costs a step")
     parser.add_argument("--live", metavar="MODEL", nargs="?", const="smollm2-135m", help="only that, on a real model")
@@ -244,7 +247,7 @@ def main() -> None:
     print(", ".join(f"{label} {cost - plain:+.0f}" for label, cost in costs.items() if label != "fcfs"))
     if not args.overhead:
         found = {}
-        for trace, (scenario, limits) in scenarios(args.requests, args.replicas).items():
+        for trace, (scenario, limits) in scenarios(args.requests, args.replicas, args.load).items():
             if args.only in (None, trace):
                 prepared = Agents(scenario) if trace == "agents" else Prepared(scenario)
                 found[trace] = []
