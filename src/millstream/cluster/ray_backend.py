@@ -28,7 +28,7 @@ from millstream.core.client import EngineClient, ModelFacts
 from millstream.core.errors import ConfigError
 from millstream.core.logs import set_up_logs
 from millstream.engine.engine import Engine
-from millstream.engine.process import BEAT_S, SWITCH_S, EngineServer, Make, collect_rarely, make_of, making
+from millstream.engine.process import BEAT_S, SWITCH_S, EngineServer, Make, make_of, making
 from millstream.engine.remote import RemoteEngine
 
 # Beats come four times a second: an engine that missed some of them is not ready.
@@ -139,7 +139,6 @@ async def _beat(server: EngineServer, made: asyncio.Future[tuple[Engine, ModelFa
             await asyncio.wait((made,), timeout=BEAT_S)
             if made.done():
                 server.attach(*made.result())
-                collect_rarely()
                 continue
         else:
             await asyncio.sleep(BEAT_S)
