@@ -1,7 +1,7 @@
 """All scheduling policies side by side, simulated on the same recorded traffic, and what each costs a step.
 
     python benchmarks/scheduling.py [--only TRACE] [--requests 400] [--plot docs/plots/scheduling.svg] [--overhead]
-    python benchmarks/scheduling.py --replicas 64 --load 1.3 --requests 100 --only azure-conv
+    python benchmarks/scheduling.py --replicas 64 --load 1.3 --requests 60 --only azure-conv
     python benchmarks/scheduling.py --live [MODEL]
 
 Prints the tables of docs/scheduling.md. The engine is that of an A100's published step times with places for 32
@@ -151,8 +151,8 @@ def overhead(steps: int = 60) -> dict[str, float]:
     return {label: statistics.median(own) for label, own in took.items()}
 
 
-def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
-    """By policy: what a step that decodes 64 rows takes more than under fcfs, as a share: quartiles, the median second.
+def live(model: str, steps: int = 200) -> None:
+    """Prints by policy what a step that decodes 64 rows takes more than under fcfs: the median and the quartiles.
 
     Two engines, each with a runner of its own, take step after step in turns, and one of them is fcfs; a step counts
     against the one before it. Steps that compute prompts as well (whoever preempts has some) count for nothing. Those
@@ -196,7 +196,6 @@ def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
             own.step()
         return own, sizes
 
-    found = {}
     for turn, (label, policies) in enumerate(STACKS.items()):
         own, sizes = engine(turn % 2, policies)
         plain, plain_sizes = engine(1 - turn % 2, STACKS["fcfs"])
@@ -217,11 +216,8 @@ def live(model: str, steps: int = 200) -> dict[str, tuple[float, float, float]]:
             while one.busy:
                 one.step()
         low, middle, high = statistics.quantiles(shares, n=4) if len(shares) > 4 else [float("nan")] * 3
-        found[label] = (low, middle, high)
-        print(
-            f"{label}: {100 * middle:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f}, {len(shares)} steps)", flush=True
-        )
-    return found
+        share = f"{100 * middle:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f}, {len(shares)} steps)"
+        print(f"{label}: {share}", flush=True)
 
 
 def main() -> None:

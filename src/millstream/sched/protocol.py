@@ -38,7 +38,7 @@ class Budget:
 
 
 class LoadView:
-    """How the engine stands when a step is planned: read-only, built once a step.
+    """How the engine stands when a step is planned: built once a step, read-only for policies.
 
     `hit` tells how many tokens of a sequence that waits are held by the prefix cache now, at most some steps ago.
     `cost` tells how long steps take, where that is known of this engine. `full`: as many run as may (a meter says so),
@@ -140,7 +140,7 @@ class Meter(Protocol):
     """Whether an answer of 0 to one that does not run may change when one that runs gives up its place."""
 
     def begin(self, view: LoadView) -> None:
-        """A step is being planned."""
+        """A step is being planned. A meter that is closed from the start, all its places taken, sets `view.full`."""
         return
 
     @abstractmethod
